@@ -1,0 +1,55 @@
+# Every target makes or reuses .venv by itself. `make demo` and `make test` are all the set-up there is.
+VENV  := .venv
+PY    := $(VENV)/bin/python
+# The index of torch: on Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
+TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-slow lint types format bench smollm2 wheel clean
+
+help:
+	@echo "make demo    OPD collapses, StableOPD does not: both, live, in under five minutes"
+	@echo "make test    the tests;  make lint, make types: the other checks"
+	@echo "make bench   the benchmarks;  make smollm2: the recipe with a real language model"
+
+$(VENV)/.base: requirements/base.txt pyproject.toml
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
+	$(PIP) -r requirements/base.txt
+	$(PIP) --no-deps --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base requirements/dev.txt
+	$(PIP) -r requirements/dev.txt
+	touch $@
+
+demo: $(VENV)/.base
+	$(VENV)/bin/stableopd demo $(DEMO_FLAGS)
+
+# One thread a process: two cores give two processes more than they give one of two threads.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(TEST_FLAGS)
+
+test-slow: $(VENV)/.dev
+	$(PY) -m pytest -m slow $(TEST_FLAGS)
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(VENV)/.dev
+	$(PY) -m pyright
+
+bench: $(VENV)/.dev
+	for script in benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
+
+wheel: $(VENV)/.dev
+	$(PY) -m build --wheel --outdir dist
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
