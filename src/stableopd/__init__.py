@@ -1,0 +1,49 @@
+"""On-policy distillation of language models that does not collapse.
+
+Importing this package loads nothing else: a public name is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "config",
+    "load_config": "config:load",
+    "Prompt": "types",
+    "Rollout": "types",
+    "RunFolder": "runfolder",
+    "SamplingSettings": "types",
+    "StableOPDError": "types",
+    "StopReason": "types",
+    "prepare": "training.setup",
+    "train": "training.loop",
+}
+
+__all__ = [
+    "Config",
+    "Prompt",
+    "Rollout",
+    "RunFolder",
+    "SamplingSettings",
+    "StableOPDError",
+    "StopReason",
+    "__version__",
+    "load_config",
+    "prepare",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stableopd' has no attribute {name!r}")
+    home, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f"stableopd.{home}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,346 @@
+"""The configuration: frozen dataclasses, read from TOML and `--set section.key=value`.
+
+Every field of every section is listed here, with its default and where that default comes from
+("paper" is arXiv 2604.08527; "design" is this project's own choice; "untuned" is a guess).
+An unknown key, a wrong type or a combination that cannot work is a `ConfigError` with the reason.
+A method is a preset: it fills the fields of `[objective]` that the user left out, and nothing else
+in the program ever looks at its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stableopd.config_checks import check
+from stableopd.types import ConfigError
+
+__all__ = ["Config", "load", "parse", "to_toml"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    output: str = "runs/train"
+    seed: int = 0
+    steps: int = 200  # paper: collapse shows within 100 to 200 steps
+    save_every: int = 50  # design
+    rollouts_every: int = 1  # design: every step's rollouts are kept
+    keep_checkpoints: int = 2  # design: the last two survive; 0 keeps all
+    device: str = "auto"  # "auto", "cpu", "cuda", "mps"
+    trackers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    model: str = ""
+    gguf_file: str = ""
+    dtype: str = "auto"  # float32 weights; bfloat16 autocast where a GPU has it
+    lora_rank: int = 0  # 0: all weights are trained
+    lora_alpha: int = 32  # untuned
+    lora_targets: str = "all-linear"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    model: str = ""
+    gguf_file: str = ""
+    url: str = ""
+    dtype: str = "auto"  # bfloat16 on a GPU, float32 elsewhere
+    temperature: float = 1.0  # the teacher's own distribution, whatever the rollouts' temperature
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""
+    prompt: str = "prompt"
+    solution: str = "solution"
+    answer: str = "answer"
+    chat_template: str = "auto"
+    grader: str = "exact"
+    answer_marker: str = ""  # exact: the text after the last marker is compared; "" compares all
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts_per_step: int = 16  # paper: 64 rollouts a step, 4 to a prompt
+    rollouts_per_prompt: int = 4  # paper
+    max_new_tokens: int = 512
+    max_prompt_tokens: int = 1024  # paper
+    temperature: float = 1.0  # paper
+    top_p: float = 1.0
+    top_k: int = 0
+    allow_off_policy_sampling: bool = False
+    engine: str = "transformers"
+    batch_size: int = 0  # rollouts generated at once; 0: all of a step
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    method: str = "stable_opd"
+    # The weights of the four terms. None takes the method's preset.
+    lambda_policy: float | None = None
+    lambda_gold: float | None = None
+    lambda_divergence: float | None = None
+    beta_reference: float | None = None
+    reference_kl: str = "exact"  # design: no sampling noise, and no estimator to get wrong
+    stop: str = "event"  # design: the two models need not share a stop id
+    golden_stop_label: bool = True  # paper: solutions are terminated, and the stop is a label
+    # The policy term.
+    advantage: str | None = None
+    advantage_parameter: float | None = None  # c, a or lambda of the bounded forms; None: untuned
+    baseline: str = "none"  # "kl": control variate -KL(student || teacher) (2605.07865)
+    first_n: int = 0  # credit for the first N tokens alone (2602.15260); 0: all
+    prefix_gain: float = 0.0  # g of the prefix weights (2606.22600, which uses 0.5)
+    mask_truncated: bool = False  # leave rollouts that were cut off out of the policy term
+    clip: float | None = None  # paper: eps 0.2; acts only with several updates per batch
+    updates_per_batch: int = 1  # paper
+    aggregation: str = "sequence"  # paper: the mean over rollouts of per-rollout means
+    # The divergence term of gkd.
+    divergence: str = "reverse_kl"
+    top_k: int = 0  # local support of the teacher's k best tokens (2603.25562, K = 32); 0: all
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 1e-6  # paper
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    grad_clip: float = 1.0
+    weight_decay: float = 0.0  # paper: Adam
+    beta1: float = 0.9
+    beta2: float = 0.999
+    micro_batch_tokens: int = 8192  # design: padded tokens of one forward and backward pass
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    data: str = ""
+    every: int = 20
+    samples: int = 4
+    temperature: float = 0.6  # paper
+    top_p: float = 1.0
+    max_new_tokens: int = 0  # 0: as in the rollouts
+    max_problems: int = 0  # 0: all
+    batch_size: int = 64  # completions generated at once
+
+
+@dataclass(frozen=True)
+class RepetitionConfig:
+    window_chars: int = 10_000  # paper: L
+    ratio: float = 10.0  # paper: tau
+    ngram: int = 8  # design
+    min_run: int = 0  # design: 0 labels every recurring n-gram, 64 only long runs
+
+
+@dataclass(frozen=True)
+class AlarmConfig:
+    action: str = "none"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. `parse` and `load` make it; nothing changes it."""
+
+    run: RunConfig = RunConfig()
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    repetition: RepetitionConfig = RepetitionConfig()
+    alarm: AlarmConfig = AlarmConfig()
+
+
+# What a method is: values for the fields that the user left out.
+PRESETS: dict[str, dict[str, Any]] = {
+    "opd": {
+        "lambda_policy": 1.0, "lambda_gold": 0.0, "lambda_divergence": 0.0,
+        "beta_reference": 0.0, "advantage": "log_ratio",
+    },
+    "stable_opd": {
+        "lambda_policy": 1.0,
+        "lambda_gold": 1.0,  # LUFFY code base; the paper gives none
+        "lambda_divergence": 0.0,
+        "beta_reference": 0.01,  # third parties; the paper gives none
+        "advantage": "log_ratio",
+    },
+    "sft": {
+        "lambda_policy": 0.0, "lambda_gold": 1.0, "lambda_divergence": 0.0,
+        "beta_reference": 0.0, "advantage": "log_ratio",
+    },
+    "grpo": {
+        "lambda_policy": 1.0, "lambda_gold": 0.0, "lambda_divergence": 0.0,
+        "beta_reference": 0.0, "advantage": "group_reward",
+    },
+    "gkd": {
+        "lambda_policy": 0.0, "lambda_gold": 0.0, "lambda_divergence": 1.0,
+        "beta_reference": 0.0, "advantage": "log_ratio",
+    },
+}  # fmt: skip
+
+# Parameter of each bounded advantage where the user gives none (untuned, in nats or a probability).
+ADVANTAGE_PARAMETERS: dict[str, float | None] = {
+    "log_ratio": None,
+    "clip": 5.0,
+    "soft_log": None,
+    "tanh": 1.0,
+    "power": 1.0,
+    "floor": 0.01,
+    "group_reward": None,
+}
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, fill presets, and check.
+
+    Args:
+        path: The TOML file.
+        overrides: Strings of the form "section.key=value"; the value is TOML, or plain text.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        ConfigError: The file is missing or not TOML, or `parse` refuses what it says.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; give the path of a TOML config.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}).") from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}.") from None
+    return parse(table, overrides, source=str(file))
+
+
+def parse(
+    table: dict[str, Any], overrides: typing.Sequence[str] = (), source: str = "config"
+) -> Config:
+    """Make a checked `Config` of nested tables.
+
+    Args:
+        table: Sections of fields, as `tomllib` gives them. It is not changed.
+        overrides: Strings of the form "section.key=value", applied over the table.
+        source: Where the table comes from, for messages.
+
+    Returns:
+        The resolved configuration: every field of the objective that was None is filled.
+
+    Raises:
+        ConfigError: An unknown section or key, a wrong type or value, an impossible combination.
+    """
+    sections = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
+    merged: dict[str, dict[str, Any]] = {}
+    for section, values in table.items():
+        if section not in sections:
+            raise ConfigError(f"{source}: unknown section [{section}]{_nearest(section, sections)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: [{section}] must be a table of fields.")
+        merged[section] = dict(typing.cast(dict[str, Any], values))
+    for override in overrides:
+        section, key, value = _split(override, sections)
+        merged.setdefault(section, {})[key] = value
+    built = {name: _section(source, name, cls, merged.get(name, {}))
+             for name, cls in sections.items()}  # fmt: skip
+    config = Config(**built)
+    config = dataclasses.replace(config, objective=_preset(config.objective))
+    check(config, source)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """Write a configuration as TOML that `parse` reads back to an equal one."""
+    lines: list[str] = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{section.name}]")
+        values = getattr(config, section.name)
+        for f in dataclasses.fields(values):
+            value = getattr(values, f.name)
+            if value is not None:
+                lines.append(f"{f.name} = {_toml_value(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(v) for v in typing.cast(tuple[Any, ...], value)) + "]"
+    return repr(value)
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}."
+
+
+def _split(override: str, sections: dict[str, Any]) -> tuple[str, str, Any]:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot or not key:
+        raise ConfigError(f"--set {override}: write it as section.key=value.")
+    if section not in sections:
+        raise ConfigError(f"--set {override}: unknown section{_nearest(section, sections)}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return section, key.strip(), value
+
+
+def _section(source: str, name: str, cls: type, values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"{source}: unknown key '{name}.{key}'{_nearest(key, hints)}")
+    return cls(
+        **{key: _typed(source, f"{name}.{key}", hints[key], value) for key, value in values.items()}
+    )
+
+
+def _typed(source: str, name: str, hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(v, str) for v in typing.cast(list[Any], value)
+        ):
+            raise ConfigError(f"{source}: {name} must be a list of strings, not {value!r}.")
+        return tuple(typing.cast(list[str], value))
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+        raise ConfigError(f"{source}: {name} must be {kind}, not {value!r}.")
+    return value
+
+
+def _preset(objective: ObjectiveConfig) -> ObjectiveConfig:
+    if objective.method not in PRESETS:
+        return objective
+    filled = {k: v for k, v in PRESETS[objective.method].items() if getattr(objective, k) is None}
+    resolved = dataclasses.replace(objective, **filled)
+    if resolved.advantage_parameter is None:
+        parameter = ADVANTAGE_PARAMETERS.get(resolved.advantage or "")
+        resolved = dataclasses.replace(resolved, advantage_parameter=parameter)
+    if resolved.clip is None and resolved.updates_per_batch > 1:
+        resolved = dataclasses.replace(resolved, clip=0.2)
+    return resolved

@@ -1,0 +1,218 @@
+"""What a configuration may say: choices, ranges, and combinations that cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, cast
+
+from stableopd.types import ConfigError
+
+if TYPE_CHECKING:
+    from stableopd.config import Config
+
+__all__ = ["check"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "run.device": ("auto", "cpu", "cuda", "mps"),
+    "run.trackers": ("tensorboard", "wandb", "trackio"),
+    "student.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "data.chat_template": ("auto", "none"),
+    "data.grader": ("exact", "math"),
+    "rollout.engine": ("transformers",),
+    "objective.method": ("opd", "stable_opd", "sft", "grpo", "gkd"),
+    "objective.reference_kl": ("exact", "k1", "k2", "k3"),
+    "objective.stop": ("event", "token"),
+    "objective.advantage": (
+        "log_ratio",
+        "clip",
+        "soft_log",
+        "tanh",
+        "power",
+        "floor",
+        "group_reward",
+    ),
+    "objective.baseline": ("none", "kl"),
+    "objective.aggregation": ("sequence", "token", "constant"),
+    "objective.divergence": ("reverse_kl", "forward_kl", "jensen_shannon"),
+    "optimizer.schedule": ("constant", "cosine", "linear"),
+    "alarm.action": ("none",),
+}
+
+# Fields whose values must lie in a range: (lowest, highest, is the lowest itself allowed).
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "run.steps": (1, 10**9, True),
+    "run.save_every": (1, 10**9, True),
+    "run.rollouts_every": (1, 10**9, True),
+    "run.keep_checkpoints": (0, 10**9, True),
+    "student.lora_rank": (0, 10**6, True),
+    "student.lora_alpha": (1, 10**6, True),
+    "teacher.temperature": (0, 100, False),
+    "rollout.prompts_per_step": (1, 10**9, True),
+    "rollout.rollouts_per_prompt": (1, 10**6, True),
+    "rollout.max_new_tokens": (1, 10**9, True),
+    "rollout.max_prompt_tokens": (1, 10**9, True),
+    "rollout.temperature": (0, 100, False),
+    "rollout.top_p": (0, 1, False),
+    "rollout.top_k": (0, 10**9, True),
+    "rollout.batch_size": (0, 10**9, True),
+    "objective.lambda_policy": (0, 1e9, True),
+    "objective.lambda_gold": (0, 1e9, True),
+    "objective.lambda_divergence": (0, 1e9, True),
+    "objective.beta_reference": (0, 1e9, True),
+    "objective.advantage_parameter": (0, 1e9, False),
+    "objective.first_n": (0, 10**9, True),
+    "objective.prefix_gain": (0, 100, True),
+    "objective.clip": (0, 1, False),
+    "objective.updates_per_batch": (1, 1000, True),
+    "objective.top_k": (0, 10**9, True),
+    "optimizer.learning_rate": (0, 10, False),
+    "optimizer.warmup_steps": (0, 10**9, True),
+    "optimizer.grad_clip": (0, 1e9, False),
+    "optimizer.weight_decay": (0, 10, True),
+    "optimizer.beta1": (0, 1, True),
+    "optimizer.beta2": (0, 1, True),
+    "optimizer.micro_batch_tokens": (1, 10**9, True),
+    "eval.every": (1, 10**9, True),
+    "eval.samples": (1, 10**6, True),
+    "eval.temperature": (0, 100, True),
+    "eval.top_p": (0, 1, False),
+    "eval.max_new_tokens": (0, 10**9, True),
+    "eval.max_problems": (0, 10**9, True),
+    "eval.batch_size": (1, 10**9, True),
+    "repetition.window_chars": (1, 10**9, True),
+    "repetition.ratio": (1, 1e9, True),
+    "repetition.ngram": (1, 10**6, True),
+    "repetition.min_run": (0, 10**9, True),
+}
+
+# Names that the format keeps for what this version does not do yet.
+RESERVED: dict[str, str] = {
+    "rollout.engine": "this version generates with transformers alone",
+    "alarm.action": "this version has no alarm; read rollout/truncation_rate in metrics.jsonl",
+}
+
+
+def check(config: Config, source: str) -> None:
+    """Refuse a configuration that cannot do what it says, with the reason.
+
+    Args:
+        config: A configuration whose presets are filled in.
+        source: Where it comes from, for messages.
+
+    Raises:
+        ConfigError: The first thing that is wrong with it.
+    """
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for f in dataclasses.fields(values):
+            _check_field(source, f"{section.name}.{f.name}", getattr(values, f.name))
+    for wrong, reason in (*_objective_rules(config), *_run_rules(config)):
+        if wrong:
+            raise ConfigError(f"{source}: {reason}")
+
+
+def _check_field(source: str, name: str, value: Any) -> None:
+    if name == "teacher.url" and value:
+        raise ConfigError(
+            f"{source}: teacher.url is reserved: this version scores with a teacher in this "
+            "process alone; give teacher.model."
+        )
+    items = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
+    for item in items:
+        if item is not None and name in CHOICES and item not in CHOICES[name]:
+            why = f" ({RESERVED[name]})" if name in RESERVED else ""
+            raise ConfigError(
+                f"{source}: {name} = {item!r} is not possible{why}; "
+                f"choose from {', '.join(CHOICES[name])}."
+            )
+    if isinstance(value, int | float) and name in RANGES:
+        low, high, closed = RANGES[name]
+        if not (low <= value <= high) or (value == low and not closed):
+            bound = "at least" if closed else "more than"
+            raise ConfigError(
+                f"{source}: {name} = {value} must be {bound} {low:g} and at most {high:g}."
+            )
+
+
+def _objective_rules(config: Config) -> list[tuple[bool, str]]:
+    o, r = config.objective, config.rollout
+    policy, divergence = bool(o.lambda_policy), bool(o.lambda_divergence)
+    rewards = o.advantage == "group_reward"
+    return [
+        (
+            not (policy or o.lambda_gold or divergence or o.beta_reference),
+            "[objective] has no term left: lambda_policy, lambda_gold, lambda_divergence and "
+            "beta_reference are all 0.",
+        ),
+        (
+            o.clip is not None and o.updates_per_batch == 1,
+            "objective.clip has no effect with one update per batch, where the ratio is 1; "
+            "leave it out or set objective.updates_per_batch to 2 or more.",
+        ),
+        (
+            policy and (r.top_p < 1 or r.top_k > 0) and not r.allow_off_policy_sampling,
+            "rollout.top_p and rollout.top_k draw from another distribution than the one that the "
+            "on-policy objective differentiates; leave them out, or set "
+            "rollout.allow_off_policy_sampling = true to do it all the same.",
+        ),
+        (
+            policy and rewards and r.rollouts_per_prompt < 2,
+            "objective.advantage = 'group_reward' compares the rollouts of one prompt; set "
+            "rollout.rollouts_per_prompt to 2 or more.",
+        ),
+        (
+            rewards and o.baseline == "kl",
+            "objective.baseline = 'kl' belongs to the log-ratio advantages, not to group_reward.",
+        ),
+        (
+            o.top_k > 0 and not divergence,
+            "objective.top_k is the support of the divergence term, whose weight "
+            "objective.lambda_divergence is 0; use method = 'gkd' or leave it out.",
+        ),
+        (
+            not policy and (o.first_n > 0 or o.prefix_gain > 0 or o.mask_truncated),
+            "objective.first_n, prefix_gain and mask_truncated act on the policy term, whose "
+            "weight objective.lambda_policy is 0.",
+        ),
+        (
+            not policy and o.updates_per_batch > 1,
+            "objective.updates_per_batch above 1 needs the policy term and its ratio, but "
+            "objective.lambda_policy is 0.",
+        ),
+        (
+            not policy and bool(o.beta_reference) and o.reference_kl == "k1",
+            "objective.reference_kl = 'k1' is a reward of the policy term, but "
+            "objective.lambda_policy is 0; choose 'exact', 'k2' or 'k3'.",
+        ),
+    ]
+
+
+def _run_rules(config: Config) -> list[tuple[bool, str]]:
+    o, e = config.objective, config.eval
+    teaches = bool(o.lambda_policy) and o.advantage != "group_reward"
+    return [
+        (
+            not config.student.model,
+            'student.model is missing; give a folder, a hub name or "embedded".',
+        ),
+        (
+            (teaches or bool(o.lambda_divergence)) and not config.teacher.model,
+            f"objective.method = {o.method!r} needs a teacher; give teacher.model as a folder, a "
+            'hub name or "embedded".',
+        ),
+        (
+            not config.data.train,
+            "data.train is missing; give a .jsonl or .parquet file, a datasets folder or "
+            '"embedded".',
+        ),
+        (
+            config.data.grader == "math" and bool(config.data.answer_marker),
+            "data.answer_marker belongs to grader = 'exact'; math-verify finds the answer itself.",
+        ),
+        (
+            e.temperature == 0 and e.samples > 1,
+            "eval.temperature = 0 is greedy, so eval.samples above 1 would repeat one answer; "
+            "set eval.samples = 1.",
+        ),
+    ]

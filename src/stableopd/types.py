@@ -1,0 +1,199 @@
+"""What every room shares: prompts, rollouts, scores, batches, and the errors.
+
+Legend of shapes, used as suffixes of tensor names in the whole package:
+
+    B  sequences in a (micro-)batch          T  positions of a padded sequence
+    N  tokens picked out of a batch          V  entries of the vocabulary
+    D  width of the hidden states            K  size of a top-k support
+    E  stop ids that make up the stop event
+
+`logp` is always a natural-log probability in nats; a `logp_NV` is normalised over V.
+
+The error tree; the command line prints each as one line and exits with code 2:
+
+    StableOPDError
+    |-- ConfigError       a setting is unknown, impossible, or contradicts another
+    |-- DataError         a file, line or column of the data cannot be used
+    |-- ModelError        a model or tokenizer cannot be loaded, or does not fit the other
+    |-- RunFolderError    the run folder is taken, not writable, or not a run folder
+    `-- TrainingError     a number that must be finite is not, or a teacher broke
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Batch",
+    "ConfigError",
+    "DataError",
+    "Message",
+    "ModelError",
+    "Prompt",
+    "Rollout",
+    "RunFolderError",
+    "SamplingSettings",
+    "Scores",
+    "Sequence",
+    "StableOPDError",
+    "StopReason",
+    "TrainingError",
+]
+
+
+class StableOPDError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(StableOPDError):
+    """A setting is unknown, impossible, or contradicts another."""
+
+
+class DataError(StableOPDError):
+    """A file, line or column of the data cannot be used."""
+
+
+class ModelError(StableOPDError):
+    """A model or tokenizer cannot be loaded, or does not fit the other."""
+
+
+class RunFolderError(StableOPDError):
+    """The run folder is taken, not writable, or not a run folder."""
+
+
+class TrainingError(StableOPDError):
+    """A number that must be finite is not, or a teacher broke."""
+
+
+class StopReason(StrEnum):
+    """Why a rollout ended. Being cut off is a fact about it, not a guess from its length."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat: `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem.
+
+    Attributes:
+        id: Unique within its data set; its place in the file where the data gives none.
+        prompt: Plain text, or the messages of a chat.
+        solution: The golden completion, without a stop token; None where the data has none.
+        answer: What is graded; None where the data has none.
+    """
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    solution: str | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How a rollout is drawn. `top_p` 1 and `top_k` 0 mean the whole distribution."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion that the student wrote, as the sampler saw it.
+
+    Attributes:
+        prompt_id: `Prompt.id` of the problem.
+        prompt_ids: Token ids of the prompt, as the model read it.
+        completion_ids: Token ids of the completion; the stop token, if one came, is the last.
+        completion: The completion as text, without special tokens.
+        stop_reason: Whether a stop token came or the budget ran out.
+        sampler_logps: One per completion token, in nats, from the distribution drawn from.
+        settings: The settings that it was drawn with.
+    """
+
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    completion: str
+    stop_reason: StopReason
+    sampler_logps: tuple[float, ...]
+    settings: SamplingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A prompt and its completion as token ids, ready to be trained on.
+
+    Attributes:
+        prompt_ids: Token ids that are read but never trained on.
+        completion_ids: Token ids that are trained on.
+        is_golden: True for a golden solution, False for a rollout.
+        index: Place among the rollouts (or golden solutions) of the step.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    is_golden: bool
+    index: int
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of whole sequences, all rollouts or all golden, padded on the right.
+
+    Attributes:
+        sequences: The sequences, in the order of the rows.
+        input_ids_BT: Token ids; padding is the pad id.
+        attention_mask_BT: 1 at real tokens, 0 at padding.
+        row_N: Row of each completion token, row by row and in order within a row.
+        index_N: Place of that token in its completion, from 0.
+        position_N: Position whose hidden state predicts that token (the one before it).
+        target_N: Id of that token.
+    """
+
+    sequences: tuple[Sequence, ...]
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    row_N: torch.Tensor
+    index_N: torch.Tensor
+    position_N: torch.Tensor
+    target_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model says of the N completion tokens of a batch.
+
+    Attributes:
+        logp_N: Log-prob of each token (of the stop event where the token is a stop); carries the
+            gradient of the model that was scored with one.
+        entropy_N: Entropy of the distribution at that position, in nats; no gradient.
+        stop_logp_N: Log-prob of the stop event at that position; no gradient.
+        comparisons: In `others`, one (N,) tensor for each way in which the scored model was
+            compared with this one.
+        others: The same of each model that was scored beside this one.
+    """
+
+    logp_N: torch.Tensor
+    entropy_N: torch.Tensor
+    stop_logp_N: torch.Tensor
+    comparisons: tuple[torch.Tensor, ...] = ()
+    others: tuple[Scores, ...] = ()
