@@ -1,0 +1,217 @@
+"""From hidden states and an output head to numbers per token, in chunks over the tokens.
+
+A (tokens, vocabulary) tensor exists for one chunk at a time: the forward pass drops it and the
+backward pass computes it again. All that needs the whole distribution of a position (log-prob,
+entropy, stop event, divergences to other models) is taken from it in one sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+from torch import Tensor
+from torch.utils import checkpoint as recompute
+
+from stableopd.types import Scores
+
+__all__ = ["Against", "Head", "log_distribution", "score_tokens"]
+
+# Log-prob given to the ids that were merged into the stop event. exp() of it is 0 in float32 and
+# float64, and unlike -inf it leaves no 0 * inf behind in a divergence or its gradient.
+NEVER = -1e4
+
+# Elements of one (tokens, vocabulary) tile: 32 MB in float32 (untuned).
+CHUNK_ELEMENTS = 2**23
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head of a language model.
+
+    logits = cap * tanh(scale * (hidden W^T + bias) / cap), or without the cap where there is none.
+
+    Attributes:
+        weight_VD: Output embedding; the input embedding itself where the two are tied.
+        bias_V: Bias, or None.
+        scale: Factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        softcap: Soft cap of the logits (Gemma 2's `final_logit_softcapping`), or None.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits of a few positions, in float32 (float64 for float64 weights).
+
+        Args:
+            hidden_ND: Last hidden states, (N, D); carries gradient.
+
+        Returns:
+            Logits, (N, V); gradient reaches the hidden states, the weight and the bias.
+        """
+        if not torch.is_autocast_enabled(hidden_ND.device.type):
+            hidden_ND = hidden_ND.to(self.weight_VD.dtype)
+        logits_NV = F.linear(hidden_ND, self.weight_VD, self.bias_V)
+        if logits_NV.dtype != torch.float64:
+            logits_NV = logits_NV.float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+    def restricted_to(self, num_tokens: int) -> Head:
+        """The same head over the first `num_tokens` ids alone (for padded vocabularies).
+
+        Args:
+            num_tokens: Size of the vocabulary that both models share.
+
+        Returns:
+            A head on views of the same parameters; gradient still reaches them.
+
+        Raises:
+            ValueError: The head has fewer rows than that.
+        """
+        if num_tokens > self.weight_VD.shape[0]:
+            raise ValueError(f"the head has {self.weight_VD.shape[0]} rows, not {num_tokens}")
+        bias_V = None if self.bias_V is None else self.bias_V[:num_tokens]
+        return Head(self.weight_VD[:num_tokens], bias_V, self.scale, self.softcap)
+
+
+@dataclass(frozen=True)
+class Against:
+    """Another model at the same positions, to be scored in the same sweep and compared with.
+
+    Attributes:
+        hidden_ND: Hidden states of the other model, (N, D'); no gradient is sent there.
+        head: Its output head.
+        compares: Each takes (logp_NV of the scored model, logp_NV of the other) and gives (N,).
+        temperature: Temperature of the other model's distribution.
+    """
+
+    hidden_ND: Tensor
+    head: Head
+    compares: tuple[Divergence, ...] = ()
+    temperature: float = 1.0
+
+
+def log_distribution(
+    logits_NV: Tensor, temperature: float = 1.0, event_ids: Tensor | None = None
+) -> Tensor:
+    """Log-probs over the vocabulary, with all stop ids merged into one event.
+
+    logp = log_softmax(logits / temperature); then, with E the event ids,
+    logp[first of E] = logsumexp_{e in E} logp[e], and the rest of E is never drawn.
+
+    Args:
+        logits_NV: Logits, (N, V); carries gradient.
+        temperature: Divides the logits; positive.
+        event_ids: Ids of the stop event, (E,); None or a single id changes nothing.
+
+    Returns:
+        Log-probs in nats, (N, V), which sum to one; gradient reaches the logits. Merged ids hold a
+        value whose exp() is 0.
+
+    Source:
+        Scoring "stop" as one event is the cure of arXiv 2609.20511.
+    """
+    if temperature != 1.0:
+        logits_NV = logits_NV / temperature
+    logp_NV = torch.log_softmax(logits_NV, dim=-1)
+    if event_ids is None or event_ids.numel() < 2:
+        return logp_NV
+    stop_N = torch.logsumexp(logp_NV[:, event_ids], dim=-1)
+    merged_NV = logp_NV.index_fill(1, event_ids, NEVER)
+    return merged_NV.index_copy(1, event_ids[:1], stop_N.unsqueeze(1))
+
+
+def score_tokens(
+    hidden_ND: Tensor,
+    head: Head,
+    target_N: Tensor,
+    *,
+    stop_ids: Tensor,
+    stop_is_event: bool,
+    temperature: float = 1.0,
+    against: Sequence[Against] = (),
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Scores:
+    """Score given tokens: log-prob, entropy, log-prob of stopping, divergences; chunk by chunk.
+
+    Args:
+        hidden_ND: Hidden states that predict the tokens, (N, D); carries gradient.
+        head: Output head; its parameters carry gradient.
+        target_N: Ids of the tokens, (N,).
+        stop_ids: Ids that end a completion, (E,) and at least one.
+        stop_is_event: Whether a token among `stop_ids` counts as the event "stop", whose
+            probability is the sum over `stop_ids`, or as that one token.
+        temperature: Temperature of the distribution.
+        against: Other models to score at the same positions and compare with.
+        chunk_elements: Elements of the largest (tokens, vocabulary) tile.
+
+    Returns:
+        `Scores` with (N,) tensors, in nats; its `others` hold the same for each of `against`, and
+        there the comparisons. The scored model's `logp_N` and the comparisons (each decides for
+        itself) carry gradient to the scored model; nothing else does.
+    """
+    event_ids = stop_ids if stop_is_event else None
+    if stop_is_event:
+        target_N = torch.where(torch.isin(target_N, stop_ids), stop_ids[0], target_N)
+    models = [(a.head, a.temperature, a.compares) for a in against]
+
+    def dense(target_n: Tensor, hidden_nD: Tensor, *others_nD: Tensor) -> tuple[Tensor, ...]:
+        logp_nV = log_distribution(head.logits(hidden_nD), temperature, event_ids)
+        columns = _columns(logp_nV, target_n, stop_ids)
+        for (other, other_temperature, compares), other_nD in zip(models, others_nD, strict=True):
+            with torch.no_grad():
+                other_nV = log_distribution(other.logits(other_nD), other_temperature, event_ids)
+                columns.extend(_columns(other_nV, target_n, stop_ids))
+            columns.extend(compare(logp_nV, other_nV) for compare in compares)
+        return tuple(columns)
+
+    inputs = (target_N, hidden_ND, *(a.hidden_ND.detach() for a in against))
+    columns = _in_chunks(dense, inputs, max(1, chunk_elements // head.weight_VD.shape[0]))
+    others: list[Scores] = []
+    place = 3
+    for _, _, compares in models:
+        comparisons = columns[place + 3 : place + 3 + len(compares)]
+        others.append(Scores(columns[place], columns[place + 1], columns[place + 2], comparisons))
+        place += 3 + len(compares)
+    return Scores(columns[0], columns[1], columns[2], others=tuple(others))
+
+
+def _columns(logp_nV: Tensor, target_n: Tensor, stop_ids: Tensor) -> list[Tensor]:
+    """Log-prob of the targets (with gradient), entropy and log-prob of stopping (without)."""
+    logp_n = logp_nV.gather(1, target_n.unsqueeze(1)).squeeze(1)
+    with torch.no_grad():
+        entropy_n = -(logp_nV.exp() * logp_nV).sum(-1)
+        stop_n = torch.logsumexp(logp_nV[:, stop_ids], dim=-1)
+    return [logp_n, entropy_n, stop_n]
+
+
+def _in_chunks(
+    dense: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], chunk: int
+) -> tuple[Tensor, ...]:
+    """Apply `dense` to slices of the inputs; several slices are recomputed in the backward pass."""
+    num_tokens = inputs[0].shape[0]
+    if num_tokens <= chunk:
+        return dense(*inputs)
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, num_tokens, chunk):
+        slices = [x[start : start + chunk] for x in inputs]
+        if torch.is_grad_enabled():
+            part: Any = cast(Any, recompute).checkpoint(
+                dense, *slices, use_reentrant=False, preserve_rng_state=False
+            )
+            parts.append(part)
+        else:
+            parts.append(dense(*slices))
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
