@@ -1,0 +1,170 @@
+"""Divergences between two models at one position: exact over the vocabulary, or from one token.
+
+The exact ones take log-probs over the vocabulary and fit `logprobs.Against.compares`; they carry
+gradient in their first argument. In all of them the student stands first and the other model,
+teacher or reference, second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "forward_kl",
+    "jensen_shannon",
+    "k1",
+    "k2",
+    "k3",
+    "on_top_k",
+    "reverse_kl",
+    "top_k_overlap",
+]
+
+
+def reverse_kl(logp_NV: Tensor, other_NV: Tensor) -> Tensor:
+    """KL(student || teacher) = sum_v p_S(v) (log p_S(v) - log p_T(v)), exact.
+
+    Args:
+        logp_NV: Log-probs of the student, (N, V); carries gradient.
+        other_NV: Log-probs of the teacher or reference, (N, V); gradient if it has any.
+
+    Returns:
+        Nats per position, (N,), never negative up to rounding.
+    """
+    return (logp_NV.exp() * (logp_NV - other_NV)).sum(-1)
+
+
+def forward_kl(logp_NV: Tensor, other_NV: Tensor) -> Tensor:
+    """KL(teacher || student) = sum_v p_T(v) (log p_T(v) - log p_S(v)), exact.
+
+    Args:
+        logp_NV: Log-probs of the student, (N, V); carries gradient.
+        other_NV: Log-probs of the teacher or reference, (N, V); gradient if it has any.
+
+    Returns:
+        Nats per position, (N,), never negative up to rounding.
+    """
+    return (other_NV.exp() * (other_NV - logp_NV)).sum(-1)
+
+
+def jensen_shannon(logp_NV: Tensor, other_NV: Tensor) -> Tensor:
+    """JS = KL(student || m) / 2 + KL(teacher || m) / 2 with m = (p_S + p_T) / 2, exact.
+
+    Args:
+        logp_NV: Log-probs of the student, (N, V); carries gradient.
+        other_NV: Log-probs of the teacher or reference, (N, V); gradient if it has any.
+
+    Returns:
+        Nats per position, (N,), between 0 and log 2 up to rounding.
+    """
+    mixture_NV = torch.logaddexp(logp_NV, other_NV) - math.log(2.0)
+    return 0.5 * (reverse_kl(logp_NV, mixture_NV) + reverse_kl(other_NV, mixture_NV))
+
+
+def on_top_k(
+    divergence: Callable[[Tensor, Tensor], Tensor], logp_NV: Tensor, other_NV: Tensor, k: int
+) -> Tensor:
+    """A divergence on the teacher's k likeliest tokens, both sides renormalised there.
+
+    Args:
+        divergence: One of the exact divergences of this file.
+        logp_NV: Log-probs of the student, (N, V); carries gradient.
+        other_NV: Log-probs of the teacher, (N, V); they choose the support.
+        k: Size of the support, at most V. With k = V this is `divergence` itself.
+
+    Returns:
+        Nats per position, (N,).
+
+    Raises:
+        ValueError: k is not between 1 and V.
+
+    Source:
+        Teacher top-K local support, arXiv 2603.25562 (K = 32).
+    """
+    if not 1 <= k <= other_NV.shape[-1]:
+        raise ValueError(f"k must lie between 1 and the vocabulary's {other_NV.shape[-1]}: {k}")
+    other_NK, support_NK = other_NV.topk(k, dim=-1)
+    logp_NK = logp_NV.gather(-1, support_NK)
+    return divergence(torch.log_softmax(logp_NK, -1), torch.log_softmax(other_NK, -1))
+
+
+def k1(logp_N: Tensor, other_N: Tensor) -> Tensor:
+    """One-token estimate log p_S - log p_O of KL(student || other): unbiased, of either sign.
+
+    Its direct derivative has expectation zero: use it as a reward (with no gradient), never as a
+    loss.
+
+    Args:
+        logp_N: Log-prob of the sampled token under the student, (N,).
+        other_N: The same under the other model, (N,).
+
+    Returns:
+        Nats, (N,); gradient reaches both arguments.
+
+    Source:
+        Schulman, "Approximating KL divergence" (2020).
+    """
+    return logp_N - other_N
+
+
+def k2(logp_N: Tensor, other_N: Tensor) -> Tensor:
+    """One-token estimate (log p_S - log p_O)^2 / 2: biased, but its derivative is not.
+
+    The expected derivative under the student's own samples is the gradient of
+    KL(student || other) at fixed states.
+
+    Args:
+        logp_N: Log-prob of the sampled token under the student, (N,); carries gradient.
+        other_N: The same under the other model, (N,).
+
+    Returns:
+        Nats, (N,), never negative.
+
+    Source:
+        Schulman, "Approximating KL divergence" (2020).
+    """
+    return 0.5 * (logp_N - other_N).square()
+
+
+def k3(logp_N: Tensor, other_N: Tensor) -> Tensor:
+    """One-token estimate q - 1 - log q with q = p_O / p_S: unbiased and never negative.
+
+    A trap: its expected derivative is the gradient of KL(other || student), the other direction.
+
+    Args:
+        logp_N: Log-prob of the sampled token under the student, (N,); carries gradient.
+        other_N: The same under the other model, (N,).
+
+    Returns:
+        Nats, (N,), never negative.
+
+    Source:
+        Schulman, "Approximating KL divergence" (2020).
+    """
+    log_q_N = other_N - logp_N
+    return torch.expm1(log_q_N) - log_q_N
+
+
+def top_k_overlap(logp_NV: Tensor, other_NV: Tensor, k: int) -> Tensor:
+    """Share of the teacher's k likeliest tokens that are among the student's k likeliest.
+
+    Args:
+        logp_NV: Log-probs of the student, (N, V).
+        other_NV: Log-probs of the teacher, (N, V).
+        k: Size of both sets; cut to V where it is larger.
+
+    Returns:
+        A share between 0 and 1 for each position, (N,); no gradient.
+
+    Source:
+        Overlap of the top-k sets, arXiv 2604.13016.
+    """
+    k = min(k, logp_NV.shape[-1])
+    with torch.no_grad():
+        is_top_NV = torch.zeros_like(logp_NV, dtype=torch.bool)
+        is_top_NV.scatter_(-1, logp_NV.topk(k, dim=-1).indices, True)
+        return is_top_NV.gather(-1, other_NV.topk(k, dim=-1).indices).to(logp_NV.dtype).mean(-1)
