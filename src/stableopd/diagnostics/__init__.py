@@ -1,0 +1,1 @@
+"""Measurements of rollouts: pure functions of text and numbers, no model."""
