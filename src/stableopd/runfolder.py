@@ -1,0 +1,397 @@
+"""The run folder: everything about a run, written and read here alone.
+
+    config.toml               the resolved configuration; a folder that has one is a run
+    environment.json          versions and machine
+    metrics.jsonl             one line a step
+    rollouts/000010.jsonl     the rollouts of step 10, one a line
+    failed/000012.jsonl       a batch whose loss was not finite
+    checkpoints/000050/       a model folder, with `trainer/` beside the weights
+    report.html               and other files made from the above
+
+Files are written beside their place, synced and renamed: a kill at any moment leaves the old one or
+the new one. `metrics.jsonl` grows in place: a kill can tear its last line, which readers ignore and
+`rewind` removes. One process writes; others may read meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from stableopd.types import RunFolderError
+
+__all__ = ["RunFolder", "write_atomically"]
+
+CONFIG, ENVIRONMENT, METRICS = "config.toml", "environment.json", "metrics.jsonl"
+ROLLOUTS, FAILED, CHECKPOINTS = "rollouts", "failed", "checkpoints"
+
+TEMPORARY = ".tmp"  # unfinished writes and halves of deletions: safe to remove at any time
+REPLACED = ".replaced"  # a complete checkpoint that a new one of its step is about to replace
+
+FULL = "what was written before is intact, so free some space and continue with --resume"
+REMEDIES = {
+    errno.ENOSPC: f"the disk is full; {FULL}",
+    errno.EDQUOT: f"the disk quota is used up; {FULL}",
+    errno.EACCES: "permission denied; choose another run.output",
+    errno.EPERM: "permission denied; choose another run.output",
+    errno.EROFS: "the file system is read-only; choose another run.output",
+}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 text so that a reader, or a kill, sees the old file or the new one and no third.
+
+    Raises:
+        RunFolderError: The disk is full, read-only, or not ours to write.
+    """
+    _write_bytes(path, [text.encode("utf-8", errors="backslashreplace")])
+
+
+class RunFolder:
+    """A folder that holds one run, at `path`; made by `create` or `open`, which check it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def claim(cls, path: str | Path) -> RunFolder:
+        """Check that a new run may be made here, before hours are spent on it; writes nothing.
+
+        Raises:
+            RunFolderError: It already holds a run, is a file, or is not ours to write.
+        """
+        folder = cls(Path(path))
+        if folder.path.exists() and not folder.path.is_dir():
+            raise RunFolderError(f"{path}: is a file, not a folder; choose another run.output.")
+        if (folder.path / CONFIG).exists() or (folder.path / METRICS).exists():
+            raise RunFolderError(
+                f"{path}: already holds a run; choose another run.output or continue it with "
+                "--resume."
+            )
+        parent = folder.path
+        while not parent.exists():
+            parent = parent.parent
+        if not os.access(parent, os.W_OK):
+            read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+            raise _refusal(folder.path, OSError(errno.EROFS if read_only else errno.EACCES, ""))
+        return folder
+
+    @classmethod
+    def create(
+        cls, path: str | Path, config_toml: str, environment: Mapping[str, Any]
+    ) -> RunFolder:
+        """Make the folder of a new run.
+
+        Args:
+            path: Where; parents are made, and other files in it are left alone.
+            config_toml: The resolved configuration.
+            environment: What to keep about versions and machine, as JSON values.
+
+        Raises:
+            RunFolderError: It already holds a run, is a file, or cannot be written.
+        """
+        folder = cls.claim(path)
+        with _writing(folder.path):
+            folder.path.mkdir(parents=True, exist_ok=True)
+        # The configuration comes last: a folder that has one has everything.
+        folder.write_text(ENVIRONMENT, json.dumps(_finite(environment), indent=2) + "\n")
+        folder.write_text(CONFIG, config_toml)
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Open the folder of an existing run, to read it or to go on; changes nothing.
+
+        Raises:
+            RunFolderError: It is not the folder of a run.
+        """
+        folder = cls(Path(path))
+        if not (folder.path / CONFIG).is_file():
+            fault = f"has no {CONFIG}" if folder.path.is_dir() else "no such folder"
+            raise RunFolderError(f"{path}: {fault}; give the run.output of a run.")
+        return folder
+
+    def config_text(self) -> str:
+        """The text of `config.toml`."""
+        return _read(self.path / CONFIG).decode()
+
+    def environment(self) -> dict[str, Any]:
+        """What `create` was told about versions and machine."""
+        return _parse(_read(self.path / ENVIRONMENT), str(self.path / ENVIRONMENT))
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file such as `report.html` atomically, and return its path."""
+        write_atomically(self.path / name, text)
+        return self.path / name
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`, on disk when this returns.
+
+        Args:
+            line: A flat mapping with "step"; numbers that are not finite are written as null.
+
+        Raises:
+            RunFolderError: It cannot be written; the lines before it are intact.
+        """
+        path = self.path / METRICS
+        data = _json_line(line)
+        # Without a buffer: one would write the rest of a failed line when the file is closed.
+        with _writing(path), path.open("ab", buffering=0) as file:
+            size = _whole_lines(path)
+            os.truncate(path, size)
+            try:
+                while data:
+                    data = data[os.write(file.fileno(), data) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, size)
+                raise
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of `metrics.jsonl` in order, without a torn last one."""
+        path = self.path / METRICS
+        return _read_lines(path) if path.exists() else []
+
+    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the rollouts of a step, one row a line, replacing what was there."""
+        self._write_rows(ROLLOUTS, step, rows)
+
+    def rollouts(self, step: int) -> list[dict[str, Any]]:
+        """The rollouts of a step; RunFolderError where none were written."""
+        return _read_lines(self.path / ROLLOUTS / f"{step:06d}.jsonl")
+
+    def rollout_steps(self) -> list[int]:
+        """The steps whose rollouts were written, in order."""
+        return sorted(self._numbered(ROLLOUTS, ".jsonl"))
+
+    def write_failure(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Keep the batch of a step whose loss was not finite, and return the file's path."""
+        return self._write_rows(FAILED, step, rows)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or will be."""
+        path = self.path / CHECKPOINTS / f"{step:06d}"
+        replaced = path.with_name(f".{path.name}{REPLACED}")
+        return replaced if replaced.is_dir() and not path.exists() else path
+
+    def checkpoints(self) -> list[int]:
+        """The steps that have a complete checkpoint, in order."""
+        return sorted({*self._numbered(CHECKPOINTS, ""), *self._numbered(CHECKPOINTS, REPLACED)})
+
+    @contextlib.contextmanager
+    def new_checkpoint(self, step: int) -> Iterator[Path]:
+        """Fill a checkpoint; it appears, complete and on disk, when the block ends without error.
+
+        Args:
+            step: Its step. One that exists is replaced.
+
+        Yields:
+            A temporary folder to write into. It is removed if the block raises.
+        """
+        final = self.path / CHECKPOINTS / f"{step:06d}"
+        temporary = final.with_name(f".{final.name}{TEMPORARY}")
+        try:
+            final.parent.mkdir(exist_ok=True)
+            _remove(temporary)
+            temporary.mkdir()
+            yield temporary
+            _sync_tree(temporary)
+            self._publish(temporary, final)
+        except Exception as error:
+            # Writers of weights report a full disk as errors of their own kinds, some of which
+            # (safetensors) have removed their half of a file by now.
+            told = os.strerror(errno.ENOSPC) in str(error)
+            if told or shutil.disk_usage(self.path).free < 4096:
+                raise _refusal(final, OSError(errno.ENOSPC, str(error))) from error
+            if isinstance(error, OSError) and error.errno in REMEDIES:
+                raise _refusal(final, error) from error
+            raise
+        finally:
+            _remove(temporary)
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove the oldest checkpoints until `keep` are left; 0 keeps all."""
+        if keep > 0:
+            for step in self.checkpoints()[:-keep]:
+                self._drop_checkpoint(step)
+
+    def rewind(self, step: int) -> None:
+        """Forget everything after `step`, so that the run can go on from its checkpoint.
+
+        Removes later checkpoints, lines of metrics and rollouts, a torn last line, and what
+        killed writes left over. Batches that failed are kept: they are evidence.
+        """
+        with _writing(self.path):
+            self._tidy()
+        # The newest go first: a kill here leaves checkpoints that the metrics still cover.
+        for later in reversed(self.checkpoints()):
+            if later > step:
+                self._drop_checkpoint(later)
+        path = self.path / METRICS
+        if path.exists():
+            kept = [line for line in self.metrics() if line["step"] <= step]
+            _write_bytes(path, map(_json_line, kept))
+        with _writing(self.path):
+            for later in self.rollout_steps():
+                if later > step:
+                    (self.path / ROLLOUTS / f"{later:06d}.jsonl").unlink()
+
+    def _write_rows(self, room: str, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
+        path = self.path / room / f"{step:06d}.jsonl"
+        with _writing(path):
+            path.parent.mkdir(exist_ok=True)
+        _write_bytes(path, map(_json_line, rows))
+        return path
+
+    def _numbered(self, room: str, ending: str) -> Iterator[int]:
+        hidden = r"\." if ending == REPLACED else ""
+        pattern = re.compile(rf"{hidden}(\d{{6,}}){re.escape(ending)}")
+        folder = self.path / room
+        if folder.is_dir():
+            for entry in folder.iterdir():
+                if found := pattern.fullmatch(entry.name):
+                    yield int(found[1])
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        # A folder cannot be renamed over a full one. Between the two renames the old checkpoint
+        # is still found under its other name, so at no moment is there none.
+        replaced = final.with_name(f".{final.name}{REPLACED}")
+        if final.exists():
+            _remove(replaced)
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _sync(final.parent)
+        _remove(replaced)
+
+    def _drop_checkpoint(self, step: int) -> None:
+        path = self.checkpoint_path(step)
+        doomed = path.with_name(f".{step:06d}{TEMPORARY}")
+        with _writing(path):
+            _remove(doomed)
+            # Renamed first, so that a kill does not leave half of it under its name.
+            os.rename(path, doomed)
+            _remove(doomed)
+            _remove(path.with_name(f".{step:06d}{REPLACED}"))
+
+    def _tidy(self) -> None:
+        for step in list(self._numbered(CHECKPOINTS, REPLACED)):
+            path = self.path / CHECKPOINTS / f"{step:06d}"
+            replaced = path.with_name(f".{path.name}{REPLACED}")
+            if path.exists():
+                _remove(replaced)
+            else:
+                os.rename(replaced, path)
+        for folder in (self.path, *(self.path / r for r in (ROLLOUTS, FAILED, CHECKPOINTS))):
+            if folder.is_dir():
+                for left in list(folder.glob(f".*{TEMPORARY}")):
+                    _remove(left)
+
+
+def _refusal(path: Path, error: OSError) -> RunFolderError:
+    reason = REMEDIES.get(error.errno or 0, f"{error.strerror or error}; choose another run.output")
+    return RunFolderError(f"{path}: cannot be written: {reason}.")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _write_bytes(path: Path, pieces: Iterable[bytes]) -> None:
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    with _writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """Replace floats that JSON has no word for (nan, infinities) by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in cast(Mapping[str, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in cast(list[Any], value)]
+    return value
+
+
+def _json_line(row: Mapping[str, Any]) -> bytes:
+    text = json.dumps(_finite(row), ensure_ascii=False)
+    # A lone surrogate has no UTF-8; as an escape it is valid JSON and reads back the same.
+    return text.encode("utf-8", errors="backslashreplace") + b"\n"
+
+
+def _whole_lines(path: Path) -> int:
+    """Size of a file of lines without a torn last one, in bytes."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read(1) in (b"", b"\n"):
+            return size
+        file.seek(0)
+        return file.read().rfind(b"\n") + 1
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunFolderError(f"{path}: cannot be read: {reason}; is the run complete?") from None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    # Split on the byte: a completion may hold characters that str.splitlines takes for line ends.
+    lines = _read(path).split(b"\n")[:-1]
+    return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
+
+
+def _parse(data: bytes, where: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        row: Any = json.loads(data)
+        if isinstance(row, dict):
+            return cast(dict[str, Any], row)
+    raise RunFolderError(f"{where}: not a JSON object; restore it.")

@@ -1,0 +1,420 @@
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from stableopd.runfolder import RunFolder, write_atomically
+from stableopd.types import RunFolderError
+
+CONFIG = '[run]\noutput = "x"\n'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder.create(tmp_path / "run", CONFIG, {"python": "3.11"})
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def entries(path):
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
+
+
+def test_create_and_open(tmp_path):
+    created = RunFolder.create(tmp_path / "a" / "b", CONFIG, {"gpu": None, "x": math.nan})
+    opened = RunFolder.open(tmp_path / "a" / "b")
+    assert opened.path == created.path
+    assert opened.config_text() == CONFIG
+    assert opened.environment() == {"gpu": None, "x": None}
+    assert (opened.metrics(), opened.rollout_steps(), opened.checkpoints()) == ([], [], [])
+    assert entries(created.path) == ["config.toml", "environment.json"]
+
+
+def test_create_refuses_a_folder_with_a_run(folder):
+    with pytest.raises(RunFolderError, match=r"already holds a run; .* with --resume"):
+        RunFolder.create(folder.path, "other", {})
+    assert folder.config_text() == CONFIG
+    (folder.path / "config.toml").unlink()
+    folder.append_metrics({"step": 1})
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        RunFolder.create(folder.path, "other", {})
+
+
+def test_claim_refuses_what_create_refuses_and_writes_nothing(folder, tmp_path):
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        RunFolder.claim(folder.path)
+    before = entries(tmp_path)
+    RunFolder.claim(tmp_path / "new" / "run")
+    assert entries(tmp_path) == before
+
+
+def test_create_leaves_other_files_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    RunFolder.create(tmp_path, CONFIG, {})
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_create_refuses_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="is a file, not a folder; choose another"):
+        RunFolder.create(tmp_path / "file", CONFIG, {})
+    with pytest.raises(RunFolderError, match="file/run: cannot be written: Not a directory"):
+        RunFolder.create(tmp_path / "file" / "run", CONFIG, {})
+
+
+def test_open_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(RunFolderError, match="no such folder"):
+        RunFolder.open(tmp_path / "nothing")
+    with pytest.raises(RunFolderError, match=r"has no config\.toml"):
+        RunFolder.open(tmp_path)
+
+
+def test_metrics_round_trip_and_write_null_for_what_json_lacks(folder):
+    folder.append_metrics({"step": 0, "eval/accuracy": 0.1})
+    folder.append_metrics({"step": 1, "a": math.nan, "b": -math.inf, "c": 0.1 + 0.2})
+    assert folder.metrics() == [
+        {"step": 0, "eval/accuracy": 0.1},
+        {"step": 1, "a": None, "b": None, "c": 0.1 + 0.2},
+    ]
+    text = (folder.path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert text.count("\n") == 2
+
+
+def test_torn_last_line_is_ignored_and_replaced_by_the_next(folder):
+    folder.append_metrics({"step": 1})
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, "loss/to')
+    assert folder.metrics() == [{"step": 1}]
+    folder.append_metrics({"step": 2})
+    assert folder.metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_file_of_one_torn_line(folder):
+    (folder.path / "metrics.jsonl").write_bytes(b'{"st')
+    assert folder.metrics() == []
+    folder.append_metrics({"step": 1})
+    assert folder.metrics() == [{"step": 1}]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(folder):
+    (folder.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 2: not a JSON object"):
+        folder.metrics()
+
+
+def test_rollouts_round_trip_any_text(folder):
+    rows = [
+        {"completion": "line one\nline two\u2028three\x85four", "student_logprobs": [-0.5, -1e-9]},
+        {"completion": "日本 é 🙂", "student_logprobs": [-math.inf]},
+        {"completion": "lone \ud800 surrogate", "student_logprobs": []},
+    ]
+    folder.write_rollouts(10, iter(rows))
+    found = folder.rollouts(10)
+    assert [row["completion"] for row in found] == [row["completion"] for row in rows]
+    assert found[0]["student_logprobs"] == [-0.5, -1e-9]
+    assert found[1]["student_logprobs"] == [None]
+    assert "日本" in (folder.path / "rollouts" / "000010.jsonl").read_text(encoding="utf-8")
+    folder.write_rollouts(2, [])
+    assert folder.rollouts(2) == []
+    assert folder.rollout_steps() == [2, 10]
+    with pytest.raises(RunFolderError, match=r"000003\.jsonl: cannot be read: No such file"):
+        folder.rollouts(3)
+
+
+def test_an_error_while_rows_are_made_keeps_the_old_file(folder):
+    folder.write_rollouts(1, [{"a": 1}])
+
+    def rows():
+        yield {"a": 2}
+        raise KeyError("row")
+
+    with pytest.raises(KeyError):
+        folder.write_rollouts(1, rows())
+    assert folder.rollouts(1) == [{"a": 1}]
+    assert entries(folder.path / "rollouts") == ["000001.jsonl"]
+
+
+def test_write_failure_and_text(folder):
+    path = folder.write_failure(12, [{"loss": math.nan}])
+    assert path == folder.path / "failed" / "000012.jsonl"
+    assert json.loads(path.read_text()) == {"loss": None}
+    report = folder.write_text("report.html", "<p>é</p>")
+    assert report.read_text(encoding="utf-8") == "<p>é</p>"
+
+
+def fill(folder, step, text="weights"):
+    with folder.new_checkpoint(step) as path:
+        (path / "model.safetensors").write_text(text)
+        (path / "trainer").mkdir()
+        (path / "trainer" / "rng.json").write_text("{}")
+
+
+def test_checkpoint_appears_when_the_block_ends(folder):
+    with folder.new_checkpoint(50) as path:
+        (path / "model.safetensors").write_text("weights")
+        assert folder.checkpoints() == []
+    fill(folder, 100)
+    assert folder.checkpoints() == [50, 100]
+    assert folder.checkpoint_path(50) == folder.path / "checkpoints" / "000050"
+    assert (folder.checkpoint_path(100) / "trainer" / "rng.json").read_text() == "{}"
+    assert sorted(os.listdir(folder.path / "checkpoints")) == ["000050", "000100"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, FileNotFoundError])
+def test_an_exception_leaves_no_checkpoint(folder, error):
+    def half_a_checkpoint():
+        with folder.new_checkpoint(50) as path:
+            (path / "model.safetensors").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        half_a_checkpoint()
+    assert folder.checkpoints() == []
+    assert entries(folder.path / "checkpoints") == []
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(folder):
+    fill(folder, 50, "old")
+    fill(folder, 50, "new")
+    assert (folder.checkpoint_path(50) / "model.safetensors").read_text() == "new"
+    assert os.listdir(folder.path / "checkpoints") == ["000050"]
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement(folder, monkeypatch):
+    fill(folder, 50, "old")
+    rename, calls = os.rename, []
+
+    def stop_at_second(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        fill(folder, 50, "new")
+    monkeypatch.undo()
+    assert not (folder.path / "checkpoints" / "000050").exists()
+    assert folder.checkpoints() == [50]
+    assert (folder.checkpoint_path(50) / "model.safetensors").read_text() == "old"
+    folder.rewind(50)
+    assert os.listdir(folder.path / "checkpoints") == ["000050"]
+    assert (folder.checkpoint_path(50) / "model.safetensors").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"), [(0, [1, 2, 3]), (1, [3]), (2, [2, 3]), (3, [1, 2, 3]), (9, [1, 2, 3])]
+)
+def test_prune_removes_the_oldest(folder, keep, left):
+    for step in (3, 1, 2):
+        fill(folder, step)
+    folder.prune_checkpoints(keep)
+    assert folder.checkpoints() == left
+    assert len(os.listdir(folder.path / "checkpoints")) == len(left)
+
+
+def test_checkpoints_ignores_other_names(folder):
+    fill(folder, 1_234_567)
+    for name in ("latest", "00005", ".000060.tmp", "000070.bak"):
+        (folder.path / "checkpoints" / name).mkdir()
+    assert folder.checkpoints() == [1_234_567]
+
+
+def test_rewind_forgets_what_came_later(folder):
+    for step in range(5):
+        folder.append_metrics({"step": step, "x": 1 / 3})
+        folder.write_rollouts(step, [{"step": step}])
+    for step in (2, 4):
+        fill(folder, step)
+    folder.write_failure(4, [{"step": 4}])
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5')
+    for left in ("checkpoints/.000006.tmp", "rollouts/.000005.jsonl.tmp", ".metrics.jsonl.tmp"):
+        (folder.path / left).mkdir() if "checkpoints" in left else (folder.path / left).touch()
+    before = (folder.path / "metrics.jsonl").read_bytes().split(b"\n")
+    folder.rewind(2)
+    assert (folder.path / "metrics.jsonl").read_bytes() == b"\n".join(before[:3]) + b"\n"
+    assert folder.rollout_steps() == [0, 1, 2]
+    assert folder.checkpoints() == [2]
+    assert entries(folder.path) == [
+        "checkpoints",
+        "checkpoints/000002",
+        "checkpoints/000002/model.safetensors",
+        "checkpoints/000002/trainer",
+        "checkpoints/000002/trainer/rng.json",
+        "config.toml",
+        "environment.json",
+        "failed",
+        "failed/000004.jsonl",
+        "metrics.jsonl",
+        "rollouts",
+        "rollouts/000000.jsonl",
+        "rollouts/000001.jsonl",
+        "rollouts/000002.jsonl",
+    ]
+    folder.rewind(2)
+    assert [line["step"] for line in folder.metrics()] == [0, 1, 2]
+
+
+def test_rewind_of_a_folder_without_metrics(folder):
+    folder.rewind(0)
+    assert folder.metrics() == []
+    assert entries(folder.path) == ["config.toml", "environment.json"]
+
+
+WRITER = """
+import sys
+from stableopd.runfolder import RunFolder
+folder = RunFolder.create(sys.argv[1], "", {})
+for step in range(10**9):
+    folder.append_metrics({"step": step, "text": "x" * 2000})
+    folder.write_rollouts(step, [{"step": step}] * 50)
+    with folder.new_checkpoint(step) as path:
+        (path / "a").write_text("a" * 100_000)
+        (path / "b").write_text("complete")
+    folder.prune_checkpoints(2)
+    print(step, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_folder_that_can_go_on(tmp_path):
+    path = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(7):
+            seen = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    folder = RunFolder.open(path)
+    last = folder.checkpoints()[-1]
+    assert last >= seen
+    for step in folder.checkpoints():
+        assert (folder.checkpoint_path(step) / "b").read_text() == "complete"
+    folder.rewind(last)
+    assert [line["step"] for line in folder.metrics()] == list(range(last + 1))
+    assert folder.rollout_steps() == list(range(last + 1))
+    assert all(len(folder.rollouts(step)) == 50 for step in folder.rollout_steps())
+    assert not [name for name in entries(path) if "tmp" in name or "replaced" in name]
+
+
+def test_full_disk_loses_nothing_that_was_written(small_disk):
+    folder = RunFolder.create(small_disk / "run", CONFIG, {})
+    fill(folder, 0)
+    (small_disk / "filler").write_text("x" * 12_000)
+
+    def append_until_full():
+        for step in range(1000):
+            folder.append_metrics({"step": step, "text": "x" * 1500})
+
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written: the disk is f"):
+        append_until_full()
+    steps = [line["step"] for line in folder.metrics()]
+    assert len(steps) > 10
+    assert steps == list(range(len(steps)))
+    assert (folder.path / "metrics.jsonl").read_bytes().endswith(b"\n")
+    with pytest.raises(RunFolderError, match=r"000001\.jsonl: cannot be written: the disk is full"):
+        folder.write_rollouts(1, [{"text": "x" * 100_000}])
+    with (
+        pytest.raises(RunFolderError, match="checkpoints/000001: cannot be written: the disk is"),
+        folder.new_checkpoint(1) as path,
+    ):
+        (path / "weights").write_text("x" * 100_000)
+    assert folder.checkpoints() == [0]
+    assert folder.rollout_steps() == []
+    assert not [name for name in entries(small_disk) if "tmp" in name]
+    (small_disk / "filler").unlink()
+    folder.rewind(0)
+    folder.append_metrics({"step": 1})
+    assert [line["step"] for line in folder.metrics()] == [0, 1]
+
+
+def test_a_full_disk_is_named_whatever_the_writer_of_weights_raises(small_disk):
+    folder = RunFolder.create(small_disk / "run", CONFIG, {})
+
+    def write_weights():
+        with folder.new_checkpoint(1) as path:
+            try:
+                (path / "weights").write_text("x" * 100_000)
+            except OSError:
+                raise RuntimeError("writer failed") from None
+
+    with pytest.raises(RunFolderError, match=r"the disk is full.*continue with --resume"):
+        write_weights()
+
+
+def test_a_full_disk_is_known_by_the_words_of_safetensors(folder):
+    def write_weights():
+        with folder.new_checkpoint(1):
+            raise RuntimeError("serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(RunFolderError, match="the disk is full"):
+        write_weights()
+
+
+def test_a_read_only_file_system(small_disk):
+    folder = RunFolder.create(small_disk / "run", CONFIG, {})
+    folder.append_metrics({"step": 1})
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    message = "cannot be written: the file system is read-only; choose another run.output"
+    with pytest.raises(RunFolderError, match=message):
+        RunFolder.create(small_disk / "other", CONFIG, {})
+    with pytest.raises(RunFolderError, match=message):
+        folder.append_metrics({"step": 2})
+    with pytest.raises(RunFolderError, match=message), folder.new_checkpoint(1):
+        pass
+    with pytest.raises(RunFolderError, match=message):
+        folder.rewind(1)
+    assert folder.metrics() == [{"step": 1}]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunFolderError, match="permission denied"):
+        RunFolder.create(tmp_path / "run", CONFIG, {})
+    tmp_path.chmod(0o700)
+
+
+def test_permission_denied_has_its_own_words(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(RunFolderError, match=r"x\.txt: cannot be written: permission denied; cho"):
+        write_atomically(tmp_path / "x.txt", "text")
+    assert entries(tmp_path) == []
+
+
+def test_the_module_loads_no_torch():
+    code = "import sys, stableopd.runfolder; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_a_folder_that_was_moved_still_opens(folder, tmp_path):
+    folder.append_metrics({"step": 1})
+    shutil.move(folder.path, tmp_path / "elsewhere")
+    assert RunFolder.open(tmp_path / "elsewhere").metrics() == [{"step": 1}]
