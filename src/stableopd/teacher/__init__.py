@@ -1,0 +1,1 @@
+"""Who scores the student's tokens."""

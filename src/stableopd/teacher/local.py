@@ -1,0 +1,66 @@
+"""A frozen model in this process: the teacher, or the reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopd.models import head_of, token_hidden_states
+from stableopd.objective.logprobs import Against
+from stableopd.types import Batch
+
+__all__ = ["FrozenModel"]
+
+
+class FrozenModel:
+    """A model that scores tokens and never changes.
+
+    Args:
+        model: A transformers model; a PEFT model stands for its base, with the adapter off.
+        num_tokens: Size of the vocabulary shared with the student.
+        temperature: Temperature of its distribution.
+        autocast: Opens the mixed-precision context in which it runs.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        num_tokens: int,
+        temperature: float = 1.0,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self.model = model
+        self.temperature = temperature
+        self._autocast = autocast
+        head = head_of(model).restricted_to(num_tokens)
+        # With an adapter the head is shared with the student, and takes no gradient from here.
+        self.head = type(head)(
+            head.weight_VD.detach(),
+            None if head.bias_V is None else head.bias_V.detach(),
+            head.scale,
+            head.softcap,
+        )
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states at the completion tokens of a batch, (N, D), without gradient."""
+        is_adapted = hasattr(self.model, "disable_adapter")
+        base = self.model.disable_adapter() if is_adapted else contextlib.nullcontext()
+        with base, self._autocast():
+            return token_hidden_states(self.model, batch)
+
+    def against(self, batch: Batch, *compares: Callable[[Tensor, Tensor], Tensor]) -> Against:
+        """This model at a batch's completion tokens, to be scored beside the student.
+
+        Args:
+            batch: A padded micro-batch.
+            compares: Ways to compare the student's distribution with this model's.
+
+        Returns:
+            What `score_tokens` takes.
+        """
+        return Against(self.hidden(batch), self.head, compares, self.temperature)
