@@ -1,0 +1,1 @@
+"""What the student writes, and how it stops."""
