@@ -1,0 +1,111 @@
+"""Golden solutions as token sequences that end in a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
+
+from stableopd.types import DataError, Prompt, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["encode_golden", "golden_sequences", "num_too_long"]
+
+
+def encode_golden(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stop_id: int
+) -> tuple[int, ...]:
+    """Token ids of a solution as the completion that follows its prompt.
+
+    The text is encoded by itself, as a rollout comes after the prompt's tokens and not out of a
+    joint encoding with them; no special token is added but the stop at its end. A solution whose
+    text already ends in the stop token keeps that one.
+
+    Args:
+        prompt: A problem with a solution.
+        tokenizer: The student's tokenizer.
+        stop_id: Token id with which the student stops.
+
+    Returns:
+        The token ids; the last one, and only that one, is `stop_id`.
+
+    Raises:
+        DataError: There is no solution, or the stop token stands within it.
+    """
+    if prompt.solution is None:
+        raise DataError(f"prompt {prompt.id}: no solution; name its column in data.solution.")
+    encoded = tokenizer(prompt.solution, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tuple(encoded)
+    if ids[-1:] == (stop_id,):
+        ids = ids[:-1]
+    if stop_id in ids:
+        raise DataError(
+            f"prompt {prompt.id}: the stop token {tokenizer.decode([stop_id])!r} (id {stop_id}) "
+            "stands within the solution; a solution is one answer, so cut it there."
+        )
+    return (*ids, stop_id)
+
+
+def golden_sequences(
+    prompts: Items[Prompt],
+    prompt_ids: Items[tuple[int, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_id: int,
+    max_tokens: int,
+) -> list[Sequence | None]:
+    """The golden sequence of every prompt, where there is one that fits.
+
+    A solution that is too long is left out and not cut: cut off, it would teach not to stop.
+
+    Args:
+        prompts: All prompts of the data set.
+        prompt_ids: Their token ids.
+        tokenizer: The student's tokenizer.
+        stop_id: Token id with which the student stops.
+        max_tokens: The longest completion, with its stop, in tokens.
+
+    Returns:
+        For each prompt its sequence (`index` is the prompt's place), or None where it has no
+        solution or one of more than `max_tokens` tokens.
+
+    Raises:
+        DataError: No prompt has a solution, none fits, or `encode_golden` refuses one.
+    """
+    sequences: list[Sequence | None] = []
+    shortest: int | None = None
+    for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
+        if prompt.solution is None:
+            sequences.append(None)
+            continue
+        completion = encode_golden(prompt, tokenizer, stop_id)
+        shortest = min(len(completion), shortest or len(completion))
+        fits = len(completion) <= max_tokens
+        sequences.append(Sequence(ids, completion, True, index) if fits else None)
+    if shortest is None:
+        raise DataError(
+            "no prompt has a solution, which the golden term (objective.lambda_gold above 0) "
+            "needs; name the column in data.solution or use a method without it."
+        )
+    if shortest > max_tokens:
+        raise DataError(
+            f"no golden solution fits into {max_tokens} tokens, the shortest has {shortest} with "
+            "its stop; raise rollout.max_new_tokens or give shorter solutions."
+        )
+    return sequences
+
+
+def num_too_long(prompts: Items[Prompt], sequences: Items[Sequence | None]) -> int:
+    """How many solutions `golden_sequences` left out because they are too long.
+
+    Args:
+        prompts: The prompts that it was given.
+        sequences: What it returned.
+
+    Returns:
+        The number of prompts with a solution but no sequence.
+    """
+    return sum(
+        prompt.solution is not None and sequence is None
+        for prompt, sequence in zip(prompts, sequences, strict=True)
+    )

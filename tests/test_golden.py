@@ -1,0 +1,88 @@
+import string
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from stableopd.data.golden import encode_golden, golden_sequences, num_too_long
+from stableopd.types import DataError, Prompt, Sequence
+
+STOP = 2
+
+
+@pytest.fixture
+def tokenizer():
+    """Characters, a BOS and an EOS around every text, and a chat template, all to be ignored."""
+    words = ["<unk>", "<s>", "</s>", *string.printable]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    made.chat_template = "[{{ messages[0].content }}]"
+    return made
+
+
+def chars(text):
+    return tuple(3 + string.printable.index(c) for c in text)
+
+
+def test_a_solution_keeps_every_character_and_ends_in_one_stop(tokenizer):
+    prompt = Prompt("p", "1+1=", solution=" 2\n\n")
+    assert encode_golden(prompt, tokenizer, STOP) == (*chars(" 2\n\n"), STOP)
+    assert encode_golden(prompt, tokenizer, 77) == (*chars(" 2\n\n"), 77)
+
+
+def test_a_stop_in_the_text_is_not_doubled_and_not_hidden(tokenizer):
+    ends = Prompt("p", "1", solution="2</s>")
+    assert encode_golden(ends, tokenizer, STOP) == (*chars("2"), STOP)
+    for text in ("2</s>3", "2</s></s>", "</s>2"):
+        with pytest.raises(DataError, match=r"prompt p: the stop token '</s>' \(id 2\) stands"):
+            encode_golden(Prompt("p", "1", solution=text), tokenizer, STOP)
+
+
+def test_no_solution(tokenizer):
+    with pytest.raises(DataError, match="prompt p: no solution"):
+        encode_golden(Prompt("p", "1"), tokenizer, STOP)
+
+
+def test_sequences_keep_their_place_and_what_does_not_fit_is_left_out(tokenizer):
+    prompts = [
+        Prompt("a", "1", solution="123"),
+        Prompt("b", "2"),
+        Prompt("c", "3", solution="1234"),
+        Prompt("d", "4", solution="1"),
+    ]
+    ids = [(10,), (11,), (12,), (13, 14)]
+    sequences = golden_sequences(prompts, ids, tokenizer, STOP, max_tokens=4)
+    assert sequences == [
+        Sequence((10,), (*chars("123"), STOP), True, 0),
+        None,
+        None,
+        Sequence((13, 14), (*chars("1"), STOP), True, 3),
+    ]
+    assert num_too_long(prompts, sequences) == 1
+    longer = golden_sequences(prompts, ids, tokenizer, STOP, max_tokens=5)
+    assert [s is None for s in longer] == [False, True, False, False]
+    assert num_too_long(prompts, longer) == 0
+
+
+def test_nothing_left_is_an_error(tokenizer):
+    prompts = [
+        Prompt("a", "1", solution="12345"),
+        Prompt("b", "2", solution="123"),
+        Prompt("c", ""),
+    ]
+    with pytest.raises(DataError, match=r"fits into 3 tokens, the shortest has 4 .*max_new_tokens"):
+        golden_sequences(prompts, [(1,)] * 3, tokenizer, STOP, max_tokens=3)
+    with pytest.raises(DataError, match=r"no prompt has a solution.*data\.solution"):
+        golden_sequences(prompts[2:], [(1,)], tokenizer, STOP, max_tokens=3)
+
+
+def test_prompts_and_ids_must_belong_together(tokenizer):
+    with pytest.raises(ValueError, match="zip"):
+        golden_sequences([Prompt("a", "1", solution="1")], [], tokenizer, STOP, max_tokens=3)
