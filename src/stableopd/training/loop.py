@@ -1,0 +1,168 @@
+"""The loop: students write, teachers score, golden solutions join, the student is updated.
+
+It never asks for a method's name. What is left out, and why: no reward models, no replay of old
+rollouts, no asynchronous sampling; each would make a rollout older than the student that it
+trains, which is what on-policy distillation avoids.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from stableopd.data.grading import grade
+from stableopd.data.prompts import prompts_of_step
+from stableopd.evaluation import evaluate
+from stableopd.objective.advantage import group_reward
+from stableopd.training.checkpoint import save
+from stableopd.training.metrics import evaluation_metrics, rollout_rows, step_metrics
+from stableopd.training.setup import Problems, Run, eval_settings
+from stableopd.training.step import step as make_step
+from stableopd.training.terms import Work
+from stableopd.types import Rollout, SamplingSettings, TrainingError
+
+__all__ = ["train"]
+
+# Offsets that keep the random draws of rollouts and evaluations apart.
+STEP_SEEDS, EVAL_SEED = 1_000_003, 7_919
+
+
+def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """Make the steps that are left, and yield the line of metrics of each when it is on disk.
+
+    Args:
+        run: A prepared run.
+        should_stop: Asked after each step; when true the run saves and ends early.
+
+    Yields:
+        The line of `metrics.jsonl` of step 0 (evaluation alone), then of each step.
+
+    Raises:
+        TrainingError: A loss, gradient or log-prob is not finite. The update was not made, and
+            the batch is written to failed/.
+        RunFolderError: The run folder can no longer be written.
+    """
+    config, folder = run.config, run.folder
+    if run.start_step == 0 and run.held_out is not None:
+        line = {"step": 0, **_evaluation(run, run.held_out)}
+        folder.append_metrics(line)
+        yield line
+    for step in range(run.start_step + 1, config.run.steps + 1):
+        line, rows = _step(run, step)
+        is_last = step == config.run.steps
+        if run.held_out is not None and (step % config.eval.every == 0 or is_last):
+            line |= _evaluation(run, run.held_out)
+        if rows and (step % config.run.rollouts_every == 0 or is_last):
+            folder.write_rollouts(step, rows)
+        folder.append_metrics(line)
+        run.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+        is_interrupted = should_stop()
+        if step % config.run.save_every == 0 or is_last or is_interrupted:
+            save(folder, step, run.student, run.optimizer, run.scheduler)
+            folder.prune_checkpoints(config.run.keep_checkpoints)
+        yield line
+        if is_interrupted:
+            break
+    run.accelerator.end_training()
+
+
+def _step(run: Run, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One step: the line of metrics, and a line for each rollout."""
+    config, train = run.config, run.train
+    start = time.perf_counter()
+    places = prompts_of_step(
+        step - 1, len(train.prompts), config.rollout.prompts_per_step, config.run.seed
+    )
+    rollouts = _rollouts(run, places, step)
+    correct = _grade(run, places, rollouts)
+    rollout_s = time.perf_counter() - start
+    golden = [s for s in (train.golden[i] for i in places) if s is not None]
+    by_id = {train.prompts[i].id: train.prompts[i] for i in places}
+    work = Work(
+        config.objective,
+        rollouts,
+        golden,
+        _group_rewards(run, correct),
+        config.rollout.max_new_tokens,
+    )
+    learning_rate = run.scheduler.get_last_lr()[0]
+    try:
+        result = make_step(
+            run.players,
+            run.optimizer,
+            work,
+            micro_batch_tokens=config.optimizer.micro_batch_tokens,
+            grad_clip=config.optimizer.grad_clip,
+        )
+    except TrainingError as error:
+        rows = rollout_rows(step, by_id, rollouts, None, correct)
+        path = run.folder.write_failure(step, rows)
+        raise TrainingError(f"step {step}: {error} The batch is in {path}.") from None
+    run.scheduler.step()
+    metrics = step_metrics(
+        result, rollouts, correct, config.repetition, int(run.players.stop_ids.numel())
+    )
+    seconds = time.perf_counter() - start
+    num_tokens = sum(len(r.completion_ids) for r in rollouts)
+    num_tokens += sum(len(s.completion_ids) for s in golden)
+    line: dict[str, Any] = {"step": step, **metrics, "learning_rate": learning_rate}
+    line |= {
+        "time/rollout_s": rollout_s,
+        "time/score_s": result.score_s,
+        "time/update_s": result.update_s,
+        "tokens_per_s": num_tokens / seconds,
+    }
+    return line, rollout_rows(step, by_id, rollouts, result, correct)
+
+
+def _rollouts(run: Run, places: list[int], step: int) -> list[Rollout]:
+    o, r = run.config.objective, run.config.rollout
+    if not (o.lambda_policy or o.lambda_divergence or o.beta_reference):
+        return []
+    settings = SamplingSettings(r.max_new_tokens, r.temperature, r.top_p, r.top_k)
+    seed = run.config.run.seed * STEP_SEEDS + step
+    with run.accelerator.autocast():
+        return run.sampler.sample(
+            run.train.named_ids(places), r.rollouts_per_prompt, settings, seed
+        )
+
+
+def _grade(run: Run, places: list[int], rollouts: list[Rollout]) -> list[bool] | None:
+    """Whether each rollout is correct; None where a prompt has no answer."""
+    data, per_prompt = run.config.data, run.config.rollout.rollouts_per_prompt
+    answers = [run.train.prompts[i].answer for i in places for _ in range(per_prompt)]
+    if not rollouts or any(a is None for a in answers):
+        return None
+    return [
+        grade(r.completion, answer or "", data.grader, data.answer_marker)
+        for r, answer in zip(rollouts, answers, strict=True)
+    ]
+
+
+def _group_rewards(run: Run, correct: list[bool] | None) -> torch.Tensor | None:
+    """The advantage of each rollout where correctness, and not a teacher, gives the credit."""
+    if run.config.objective.advantage != "group_reward" or not correct:
+        return None
+    rewards = torch.tensor(correct, dtype=torch.float32)
+    return group_reward(rewards, run.config.rollout.rollouts_per_prompt)
+
+
+def _evaluation(run: Run, held_out: Problems) -> dict[str, float]:
+    config = run.config
+    start = time.perf_counter()
+    with run.accelerator.autocast():
+        evaluation = evaluate(
+            run.eval_sampler,
+            held_out.prompts,
+            held_out.prompt_ids,
+            num_samples=config.eval.samples,
+            settings=eval_settings(config),
+            seed=config.run.seed * STEP_SEEDS + EVAL_SEED,
+            grader=config.data.grader,
+            marker=config.data.answer_marker,
+            repetition=config.repetition,
+        )
+    return {**evaluation_metrics(evaluation), "time/eval_s": time.perf_counter() - start}

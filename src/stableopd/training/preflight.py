@@ -1,0 +1,68 @@
+"""The audit of a run before its first step: a few rollouts, and what both models do at stops."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from stableopd.models import token_hidden_states
+from stableopd.rollout.stops import Finding, StopLogps, audit
+from stableopd.training.batch import collate, micro_batches, rollout_sequences
+from stableopd.training.setup import Run
+from stableopd.training.terms import score
+from stableopd.types import Rollout, SamplingSettings, StopReason
+
+__all__ = ["examine"]
+
+NUM_ROLLOUTS = 8
+AUDIT_SEED = 104_729
+
+
+def examine(run: Run) -> list[Finding]:
+    """Sample a few rollouts of the untrained student and audit how they stop.
+
+    Args:
+        run: A prepared run; nothing of it is changed.
+
+    Returns:
+        The findings, in a fixed order.
+    """
+    o, r = run.config.objective, run.config.rollout
+    rollouts: list[Rollout] = []
+    if o.lambda_policy or o.lambda_divergence or o.beta_reference:
+        places = list(range(min(NUM_ROLLOUTS, len(run.train.prompts))))
+        settings = SamplingSettings(r.max_new_tokens, r.temperature, r.top_p, r.top_k)
+        with run.accelerator.autocast():
+            rollouts = run.sampler.sample(run.train.named_ids(places), 1, settings, AUDIT_SEED)
+    golden = [s.completion_ids for s in run.train.golden if s is not None]
+    return audit(
+        run.stops,
+        run.student.tokenizer,
+        run.teacher_tokenizer,
+        golden,
+        rollouts,
+        r.max_new_tokens,
+        _stop_logps(run, rollouts),
+    )
+
+
+@torch.no_grad()
+def _stop_logps(run: Run, rollouts: list[Rollout]) -> StopLogps | None:
+    """Mean log-prob of the students' stops, as the objective will see them."""
+    players = run.players
+    stopped = [r for r in rollouts if r.stop_reason is StopReason.STOP]
+    if players.teacher is None or not stopped:
+        return None
+    student: list[float] = []
+    teacher: list[float] = []
+    budget = run.config.optimizer.micro_batch_tokens
+    for group in micro_batches(rollout_sequences(stopped), budget):
+        batch = collate(group, players.pad_id, players.stop_ids.device)
+        with players.autocast():
+            hidden_ND = token_hidden_states(players.student, batch)
+            scores = score(players, hidden_ND, batch, [players.teacher.against(batch)])
+        ends = torch.tensor([len(s.completion_ids) for s in group]).cumsum(0) - 1
+        student += scores.logp_N.cpu()[ends].tolist()
+        teacher += scores.others[0].logp_N.cpu()[ends].tolist()
+    return StopLogps(statistics.fmean(student), statistics.fmean(teacher), len(stopped))

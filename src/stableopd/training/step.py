@@ -1,0 +1,147 @@
+"""One optimizer step: score the tokens, sum the terms, and update the student.
+
+Which terms there are is decided by their weights in the configuration; a term whose weight is 0
+is not computed. Each micro-batch adds its share of a mean over the whole step, so the split into
+micro-batches changes nothing but memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from stableopd.config import ObjectiveConfig
+from stableopd.training.batch import collate, micro_batches, rollout_sequences
+from stableopd.training.terms import Players, Tally, Work, golden_term, rollout_terms
+from stableopd.types import TrainingError
+
+__all__ = ["StepResult", "step"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did. Per-token values are lists in the order of the rollouts.
+
+    Attributes:
+        losses: Weighted total and unweighted terms, of the last update of the batch.
+        grad_norm: Norm of the gradient before clipping, of the last update.
+        student_logps: Log-probs of the rollouts' tokens under the student that drew them.
+        teacher_logps: The same under the teacher; empty lists without one.
+        advantages: Advantages as the policy term used them; empty lists without that term.
+        token_means: Means over all rollout tokens of what else was scored, by metric name.
+        score_s: Seconds in the teacher's and the reference's forward passes.
+        update_s: All other seconds of the step.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    student_logps: tuple[list[float], ...]
+    teacher_logps: tuple[list[float], ...]
+    advantages: tuple[list[float], ...]
+    token_means: dict[str, float]
+    score_s: float
+    update_s: float
+
+
+def step(
+    players: Players,
+    optimizer: torch.optim.Optimizer,
+    work: Work,
+    *,
+    micro_batch_tokens: int,
+    grad_clip: float,
+) -> StepResult:
+    """Train the student on one batch of rollouts and golden solutions.
+
+    Args:
+        players: The models.
+        optimizer: Holds the student's trainable parameters.
+        work: The batch, and the weights and switches of the terms.
+        micro_batch_tokens: Padded tokens of one forward and backward pass.
+        grad_clip: Largest norm of the gradient.
+
+    Returns:
+        Losses, norm of the gradient, and what was scored for each token.
+
+    Raises:
+        TrainingError: A loss, a gradient or a log-prob is not finite; the student is unchanged by
+            the update in which that was seen.
+    """
+    start = time.perf_counter()
+    objective = work.objective
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    old_logps: list[list[float]] | None = None
+    first, tally, grad_norm = Tally(), Tally(), math.nan
+    for _ in range(objective.updates_per_batch):
+        tally = Tally()
+        _backward_rollouts(players, work, tally, old_logps, micro_batch_tokens)
+        _backward_golden(players, work, tally, micro_batch_tokens)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, grad_clip))
+        _require_finite(tally, grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if old_logps is None:
+            first, old_logps = tally, tally.per_rollout.get("student")
+    tally.losses["total"] = sum(
+        weight * tally.losses.get(name, 0.0) for name, weight in _weights(objective).items()
+    )
+    empty: list[list[float]] = [[] for _ in work.rollouts]
+    return StepResult(
+        losses=tally.losses,
+        grad_norm=grad_norm,
+        student_logps=tuple(first.per_rollout.get("student", empty)),
+        teacher_logps=tuple(first.per_rollout.get("teacher", empty)),
+        advantages=tuple(first.per_rollout.get("advantage", empty)),
+        token_means={k: v / max(1, first.num_tokens) for k, v in first.sums.items()},
+        score_s=tally.score_s,
+        update_s=time.perf_counter() - start - tally.score_s,
+    )
+
+
+def _weights(objective: ObjectiveConfig) -> dict[str, float]:
+    # As a reward the reference term is in the policy term already.
+    beta = 0.0 if objective.reference_kl == "k1" else objective.beta_reference or 0.0
+    return {
+        "opd": objective.lambda_policy or 0.0,
+        "golden": objective.lambda_gold or 0.0,
+        "reference_kl": beta,
+        "divergence": objective.lambda_divergence or 0.0,
+    }
+
+
+def _require_finite(tally: Tally, grad_norm: float) -> None:
+    for name, value in tally.losses.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"loss/{name} is {value}; this update was not made.")
+    if not math.isfinite(grad_norm):
+        raise TrainingError(f"the norm of the gradient is {grad_norm}; this update was not made.")
+
+
+def _backward_golden(players: Players, work: Work, tally: Tally, budget: int) -> None:
+    weight = work.objective.lambda_gold or 0.0
+    for group in micro_batches(work.golden, budget) if weight else []:
+        batch = collate(group, players.pad_id, players.stop_ids.device)
+        mean = golden_term(players, work, batch)
+        tally.add_loss("golden", mean)
+        (weight * mean).backward()
+
+
+def _backward_rollouts(
+    players: Players,
+    work: Work,
+    tally: Tally,
+    old_logps: list[list[float]] | None,
+    budget: int,
+) -> None:
+    for group in micro_batches(rollout_sequences(work.rollouts), budget):
+        batch = collate(group, players.pad_id, players.stop_ids.device)
+        terms = rollout_terms(players, work, tally, batch, old_logps)
+        weights = _weights(work.objective)
+        total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+        for name, value in terms.items():
+            tally.add_loss(name, value)
+        if total.requires_grad:
+            total.backward()

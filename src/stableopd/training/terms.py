@@ -1,0 +1,307 @@
+"""The terms of one micro-batch: models scored side by side, advantages, unweighted means."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopd.config import ObjectiveConfig
+from stableopd.models import head_of, token_hidden_states
+from stableopd.objective import advantage, divergence, loss
+from stableopd.objective.logprobs import Against, Head, score_tokens
+from stableopd.teacher.local import FrozenModel
+from stableopd.types import Batch, Rollout, Scores, Sequence, StopReason, TrainingError
+
+__all__ = ["Players", "Tally", "Work", "golden_term", "rollout_terms", "score"]
+
+# Size of the top-k sets whose overlap is logged (2604.13016 uses 16).
+OVERLAP_K = 16
+
+DIVERGENCES = {
+    "reverse_kl": divergence.reverse_kl,
+    "forward_kl": divergence.forward_kl,
+    "jensen_shannon": divergence.jensen_shannon,
+}
+
+
+@dataclass(frozen=True)
+class Players:
+    """The models of a run and what they agree on.
+
+    Attributes:
+        student: The model that is trained.
+        num_tokens: Size of the vocabulary that all of them share.
+        teacher: Scores the student's tokens; None for methods without one.
+        reference: The student as it was at the start; None where no term needs it.
+        stop_ids: Ids that end a completion, (E,).
+        stop_is_event: Whether stopping is scored as one event.
+        temperature: Temperature of the student's distribution.
+        pad_id: Fills padded rows up.
+        autocast: Opens the mixed-precision context.
+    """
+
+    student: Any
+    num_tokens: int
+    teacher: FrozenModel | None
+    reference: FrozenModel | None
+    stop_ids: Tensor
+    stop_is_event: bool
+    temperature: float
+    pad_id: int
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def head(self) -> Head:
+        """The student's head over the shared vocabulary."""
+        return head_of(self.student).restricted_to(self.num_tokens)
+
+
+@dataclass
+class Tally:
+    """What the micro-batches of one update add up to."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    per_rollout: dict[str, list[list[float]]] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    num_tokens: int = 0
+    score_s: float = 0.0
+
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Add a micro-batch's share of a term's mean."""
+        self.losses[name] = self.losses.get(name, 0.0) + value.item()
+
+    def add_tokens(self, name: str, batch: Batch, value_N: Tensor, num_rollouts: int) -> None:
+        """Keep a value of every token, sorted by rollout."""
+        lists = self.per_rollout.setdefault(name, [[] for _ in range(num_rollouts)])
+        parts = (
+            value_N.detach().float().cpu().split([len(s.completion_ids) for s in batch.sequences])
+        )
+        for sequence, part in zip(batch.sequences, parts, strict=True):
+            lists[sequence.index] = part.tolist()
+
+    def add_sum(self, name: str, value_N: Tensor) -> None:
+        """Add up a value over tokens."""
+        self.sums[name] = self.sums.get(name, 0.0) + value_N.detach().double().sum().item()
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step's batch, with all that must be counted over its micro-batches.
+
+    Attributes:
+        objective: Weights and switches of the terms, presets filled in.
+        rollouts: Rollouts of this step, those of one prompt next to each other.
+        golden: Golden solutions of the same prompts.
+        rewards: Advantage of each rollout from `group_reward`; None for the log-ratio forms.
+        max_length: The length that the aggregation "constant" divides by.
+    """
+
+    objective: ObjectiveConfig
+    rollouts: Many[Rollout]
+    golden: Many[Sequence]
+    rewards: Tensor | None
+    max_length: int
+
+    def num_policy_tokens(self, rollout: Rollout) -> int:
+        """Tokens of a rollout that the policy term counts."""
+        if self.objective.mask_truncated and rollout.stop_reason is StopReason.LENGTH:
+            return 0
+        length = len(rollout.completion_ids)
+        return min(length, self.objective.first_n) if self.objective.first_n else length
+
+    def denominator(self, term: str) -> float:
+        """What the sum of a term over the whole step is divided by."""
+        if term == "golden":
+            dropped = 0 if self.objective.golden_stop_label else 1
+            counted = [len(s.completion_ids) - dropped for s in self.golden]
+        elif term == "policy":
+            counted = [self.num_policy_tokens(r) for r in self.rollouts]
+        else:
+            counted = [len(r.completion_ids) for r in self.rollouts]
+        return loss.denominator(counted, self.objective.aggregation, self.max_length)
+
+    def mean(self, term: str, value_N: Tensor, mask_N: Tensor, row_N: Tensor) -> Tensor:
+        """A micro-batch's share of a term's mean over the step."""
+        return loss.masked_mean(
+            value_N, mask_N, row_N, self.objective.aggregation, self.denominator(term)
+        )
+
+
+def score(players: Players, hidden_ND: Tensor, batch: Batch, against: Many[Against] = ()) -> Scores:
+    """Score the completion tokens of a micro-batch with the student, and others beside it.
+
+    Args:
+        players: The models.
+        hidden_ND: The student's hidden states at those tokens, (N, D); carries gradient.
+        batch: The micro-batch.
+        against: Other models at the same tokens.
+
+    Returns:
+        As `score_tokens`.
+    """
+    return score_tokens(
+        hidden_ND,
+        players.head(),
+        batch.target_N,
+        stop_ids=players.stop_ids,
+        stop_is_event=players.stop_is_event,
+        temperature=players.temperature,
+        against=against,
+    )
+
+
+def rollout_terms(
+    players: Players,
+    work: Work,
+    tally: Tally,
+    batch: Batch,
+    old_logps: list[list[float]] | None,
+) -> dict[str, Tensor]:
+    """The unweighted terms of a micro-batch of rollouts.
+
+    Args:
+        players: The models.
+        work: The step's batch.
+        tally: Takes a record of what was scored.
+        batch: A micro-batch of the step.
+        old_logps: Log-probs of every rollout under the student that drew it; None in the first
+            update of a batch, where that is the student itself.
+
+    Returns:
+        Shares of the means over the step, scalars by name; carry gradient to the student.
+
+    Raises:
+        TrainingError: The teacher gave a log-prob that is not finite.
+    """
+    objective, count = work.objective, len(work.rollouts)
+    start = time.perf_counter()
+    against: list[Against] = []
+    if players.teacher is not None:
+        against.append(players.teacher.against(batch, *_teacher_compares(objective)))
+    if players.reference is not None:
+        is_exact = objective.reference_kl == "exact"
+        compares = (divergence.reverse_kl,) if is_exact else ()
+        against.append(players.reference.against(batch, *compares))
+    tally.score_s += time.perf_counter() - start
+    with players.autocast():
+        scores = score(players, token_hidden_states(players.student, batch), batch, against)
+    others = iter(scores.others)
+    teacher = next(others) if players.teacher is not None else None
+    reference = next(others) if players.reference is not None else None
+    old_N = scores.logp_N.detach()
+    if old_logps is not None:
+        old_N = old_N.new_tensor([x for s in batch.sequences for x in old_logps[s.index]])
+    _record(tally, batch, scores, teacher, count)
+
+    terms: dict[str, Tensor] = {}
+    everywhere_N = torch.ones_like(batch.index_N, dtype=torch.bool)
+    if objective.lambda_policy:
+        advantage_N = _advantage(work, batch, old_N, teacher, reference)
+        tally.add_tokens("advantage", batch, advantage_N, count)
+        weight_N = advantage.prefix_weights(advantage_N, batch.row_N, objective.prefix_gain)
+        value_N = loss.policy_gradient(scores.logp_N, old_N, weight_N * advantage_N, objective.clip)
+        counted = [work.num_policy_tokens(work.rollouts[s.index]) for s in batch.sequences]
+        mask_N = batch.index_N < batch.index_N.new_tensor(counted)[batch.row_N]
+        terms["opd"] = work.mean("policy", value_N, mask_N, batch.row_N)
+    if reference is not None:
+        value_N = _reference_value(objective.reference_kl, scores.logp_N, reference)
+        terms["reference_kl"] = work.mean("reference", value_N, everywhere_N, batch.row_N)
+    if objective.lambda_divergence and teacher is not None:
+        value_N = teacher.comparisons[-1]
+        terms["divergence"] = work.mean("divergence", value_N, everywhere_N, batch.row_N)
+    return terms
+
+
+def golden_term(players: Players, work: Work, batch: Batch) -> Tensor:
+    """The unweighted golden cross entropy of a micro-batch of golden solutions.
+
+    Args:
+        players: The models.
+        work: The step's batch.
+        batch: A micro-batch of it.
+
+    Returns:
+        Its share of the mean over the step, a scalar in nats; carries gradient to the student.
+    """
+    with players.autocast():
+        scores = score(players, token_hidden_states(players.student, batch), batch)
+    mask_N = torch.ones_like(batch.index_N, dtype=torch.bool)
+    if not work.objective.golden_stop_label:
+        lengths_B = batch.index_N.new_tensor([len(s.completion_ids) for s in batch.sequences])
+        mask_N = batch.index_N < lengths_B[batch.row_N] - 1
+    value_N = loss.golden_cross_entropy(scores.logp_N)
+    return work.mean("golden", value_N, mask_N, batch.row_N)
+
+
+def _teacher_compares(objective: ObjectiveConfig) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Overlap of the top-k sets; the baseline's KL if asked for; last, gkd's divergence."""
+    compares: list[Callable[[Tensor, Tensor], Tensor]] = [
+        functools.partial(divergence.top_k_overlap, k=OVERLAP_K)
+    ]
+    if objective.baseline == "kl":
+        compares.append(_detached_reverse_kl)
+    if objective.lambda_divergence:
+        chosen = DIVERGENCES[objective.divergence]
+        if objective.top_k:
+            chosen = functools.partial(divergence.on_top_k, chosen, k=objective.top_k)
+        compares.append(chosen)
+    return compares
+
+
+def _detached_reverse_kl(logp_NV: Tensor, other_NV: Tensor) -> Tensor:
+    return divergence.reverse_kl(logp_NV.detach(), other_NV)
+
+
+def _reference_value(kind: str, logp_N: Tensor, reference: Scores) -> Tensor:
+    if kind == "exact":
+        return reference.comparisons[0]
+    estimator = {"k1": divergence.k1, "k2": divergence.k2, "k3": divergence.k3}[kind]
+    return estimator(logp_N, reference.logp_N)
+
+
+def _advantage(
+    work: Work, batch: Batch, old_N: Tensor, teacher: Scores | None, reference: Scores | None
+) -> Tensor:
+    """The advantage of each token, with the control variate and the k1 reward folded in."""
+    objective = work.objective
+    if work.rewards is not None:
+        places = torch.tensor([s.index for s in batch.sequences])
+        advantage_N = work.rewards[places].to(old_N)[batch.row_N]
+    elif teacher is not None:
+        advantage_N = advantage.shaped(
+            objective.advantage or "log_ratio",
+            teacher.logp_N,
+            old_N,
+            objective.advantage_parameter,
+        )
+        if objective.baseline == "kl":
+            advantage_N = advantage_N + teacher.comparisons[1]
+    else:
+        raise TrainingError("the policy term has neither a teacher nor rewards.")
+    if reference is not None and objective.reference_kl == "k1":
+        per_policy = (objective.beta_reference or 0.0) / (objective.lambda_policy or 1.0)
+        advantage_N = advantage_N - per_policy * divergence.k1(old_N, reference.logp_N).detach()
+    return advantage_N
+
+
+def _record(
+    tally: Tally, batch: Batch, scores: Scores, teacher: Scores | None, num_rollouts: int
+) -> None:
+    tally.num_tokens += batch.target_N.numel()
+    tally.add_tokens("student", batch, scores.logp_N, num_rollouts)
+    tally.add_sum("entropy/student", scores.entropy_N)
+    if teacher is not None:
+        if not bool(torch.isfinite(teacher.logp_N).all()):
+            raise TrainingError(
+                "the teacher gave a log-prob that is not finite; check its weights."
+            )
+        tally.add_tokens("teacher", batch, teacher.logp_N, num_rollouts)
+        tally.add_sum("entropy/teacher", teacher.entropy_N)
+        tally.add_sum("overlap/ratio", teacher.comparisons[0])
