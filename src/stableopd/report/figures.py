@@ -5,7 +5,7 @@
     Figure 3  mean advantage of repetitive and regular tokens, and the share of repetitive ones
     Figure 4  the quantities of figures 1 and 2 for several runs beside each other
 
-Drawn without pyplot, so nothing global is touched. The background is transparent; `Theme` decides
+Drawn without pyplot, so nothing global is touched. SVG has a transparent background; `Theme` decides
 whether ink and colours are made for a light page or a dark one.
 """
 
@@ -156,9 +156,9 @@ def comparison_figure(runs: Runs, repetition: RepetitionConfig, theme: Theme = L
 
 
 def save_png(figure: Figure, path: str | Path, dpi: int = 150) -> None:
-    """Write a figure as PNG with a transparent background."""
+    """Write a figure as PNG on white: a viewer with a dark window would hide the axes else."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=dpi, transparent=True)
+    figure.savefig(path, format="png", dpi=dpi, facecolor="white")
 
 
 def svg_data_uri(figure: Figure) -> str:
