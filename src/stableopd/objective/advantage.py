@@ -145,7 +145,9 @@ def prefix_weights(advantage_N: Tensor, row_N: Tensor, gain: float) -> Tensor:
     """
     if gain == 0.0 or advantage_N.numel() == 0:
         return torch.ones_like(advantage_N)
-    size_N = advantage_N.detach().abs().double()
+    # Sums over a whole micro-batch want float64, which Apple's GPUs do not have.
+    has_float64 = advantage_N.device.type != "mps"
+    size_N = advantage_N.detach().abs().to(torch.float64 if has_float64 else torch.float32)
     starts_N = torch.ones_like(row_N)
     starts_N[1:] = row_N[1:] != row_N[:-1]
     segment_N = starts_N.cumsum(0) - 1
@@ -153,5 +155,5 @@ def prefix_weights(advantage_N: Tensor, row_N: Tensor, gain: float) -> Tensor:
     total_R = total_R.index_add(0, segment_N, size_N)
     before_N = size_N.cumsum(0) - size_N - (total_R.cumsum(0) - total_R)[segment_N]
     total_N = total_R[segment_N]
-    share_N = torch.where(total_N > 0, before_N / total_N.clamp(min=1e-300), 1.0).clamp(0.0, 1.0)
+    share_N = torch.where(total_N > 0, before_N / total_N, 1.0).clamp(0.0, 1.0)
     return (1.0 + gain * (1.0 - share_N)).to(advantage_N.dtype)

@@ -24,9 +24,9 @@ __all__ = ["Against", "Head", "log_distribution", "score_tokens"]
 # float64, and unlike -inf it leaves no 0 * inf behind in a divergence or its gradient.
 NEVER = -1e4
 
-# Elements of one (tokens, vocabulary) tile: more than 32 MiB in float32 after rounding down to whole
-# tokens. glibc gives blocks from this size on back to the system when they are freed; smaller tiles
-# broke its heap into pieces, and the peak was that of the dense formula (benchmarks/bench_loss.py).
+# Elements of one (tokens, vocabulary) tile: more than 32 MiB in float32 after rounding down to
+# whole tokens. glibc gives blocks from this size on back to the system when they are freed; smaller
+# tiles broke its heap into pieces, up to the dense formula's peak (benchmarks/bench_loss.py).
 CHUNK_ELEMENTS = 2**23 + 2**18
 
 Divergence = Callable[[Tensor, Tensor], Tensor]

@@ -113,6 +113,6 @@ def masked_mean(
     """
     kept_N = torch.where(mask_N, value_N, torch.zeros_like(value_N))
     if aggregation == "sequence" and row_N.numel():
-        counted_R = torch.bincount(row_N, weights=mask_N.to(torch.float64)).to(value_N.dtype)
-        kept_N = kept_N / counted_R.clamp(min=1.0)[row_N]
+        counted_R = torch.bincount(row_N[mask_N], minlength=int(row_N.max()) + 1)
+        kept_N = kept_N / counted_R.clamp(min=1)[row_N].to(value_N.dtype)
     return kept_N.sum() / (denominator or 1.0)

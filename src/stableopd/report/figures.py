@@ -5,8 +5,8 @@
     Figure 3  mean advantage of repetitive and regular tokens, and the share of repetitive ones
     Figure 4  the quantities of figures 1 and 2 for several runs beside each other
 
-Drawn without pyplot, so nothing global is touched. SVG has a transparent background; `Theme` decides
-whether ink and colours are made for a light page or a dark one.
+Drawn without pyplot, so nothing global is touched. SVG has a transparent background; `Theme`
+decides whether ink and colours are made for a light page or a dark one.
 """
 
 from __future__ import annotations

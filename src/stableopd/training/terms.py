@@ -88,7 +88,9 @@ class Tally:
 
     def add_sum(self, name: str, value_N: Tensor) -> None:
         """Add up a value over tokens."""
-        self.sums[name] = self.sums.get(name, 0.0) + value_N.detach().double().sum().item()
+        self.sums[name] = (
+            self.sums.get(name, 0.0) + value_N.detach().float().cpu().double().sum().item()
+        )
 
 
 @dataclass(frozen=True)
