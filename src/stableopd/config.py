@@ -280,7 +280,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        # TOML forbids one more control character than JSON does.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(v) for v in typing.cast(tuple[Any, ...], value)) + "]"
     return repr(value)
@@ -330,6 +331,9 @@ def _typed(source: str, name: str, hint: Any, value: Any) -> Any:
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
         raise ConfigError(f"{source}: {name} must be {kind}, not {value!r}.")
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        # Bytes of the command line that are not UTF-8, which no TOML file can hold.
+        raise ConfigError(f"{source}: {name} = {value!r} is not valid Unicode text.")
     return value
 
 

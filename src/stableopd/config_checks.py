@@ -41,6 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # Fields whose values must lie in a range: (lowest, highest, is the lowest itself allowed).
 RANGES: dict[str, tuple[float, float, bool]] = {
+    "run.seed": (0, 10**9, True),
     "run.steps": (1, 10**9, True),
     "run.save_every": (1, 10**9, True),
     "run.rollouts_every": (1, 10**9, True),
@@ -70,8 +71,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "optimizer.warmup_steps": (0, 10**9, True),
     "optimizer.grad_clip": (0, 1e9, False),
     "optimizer.weight_decay": (0, 10, True),
-    "optimizer.beta1": (0, 1, True),
-    "optimizer.beta2": (0, 1, True),
+    "optimizer.beta1": (0, 0.999999, True),
+    "optimizer.beta2": (0, 0.999999, True),
     "optimizer.micro_batch_tokens": (1, 10**9, True),
     "eval.every": (1, 10**9, True),
     "eval.samples": (1, 10**6, True),
@@ -107,7 +108,7 @@ def check(config: Config, source: str) -> None:
         values = getattr(config, section.name)
         for f in dataclasses.fields(values):
             _check_field(source, f"{section.name}.{f.name}", getattr(values, f.name))
-    for wrong, reason in (*_objective_rules(config), *_run_rules(config)):
+    for wrong, reason in (*_term_rules(config), *_policy_rules(config), *_run_rules(config)):
         if wrong:
             raise ConfigError(f"{source}: {reason}")
 
@@ -135,16 +136,43 @@ def _check_field(source: str, name: str, value: Any) -> None:
             )
 
 
-def _objective_rules(config: Config) -> list[tuple[bool, str]]:
-    o, r = config.objective, config.rollout
+def _term_rules(config: Config) -> list[tuple[bool, str]]:
+    o = config.objective
     policy, divergence = bool(o.lambda_policy), bool(o.lambda_divergence)
-    rewards = o.advantage == "group_reward"
     return [
         (
             not (policy or o.lambda_gold or divergence or o.beta_reference),
             "[objective] has no term left: lambda_policy, lambda_gold, lambda_divergence and "
             "beta_reference are all 0.",
         ),
+        (
+            o.top_k > 0 and not divergence,
+            "objective.top_k is the support of the divergence term, whose weight "
+            "objective.lambda_divergence is 0; use method = 'gkd' or leave it out.",
+        ),
+        (
+            not policy
+            and (o.first_n > 0 or o.prefix_gain > 0 or o.mask_truncated or o.baseline != "none"),
+            "objective.first_n, prefix_gain, mask_truncated and baseline act on the policy term, "
+            "whose weight objective.lambda_policy is 0.",
+        ),
+        (
+            not policy and o.updates_per_batch > 1,
+            "objective.updates_per_batch above 1 needs the policy term and its ratio, but "
+            "objective.lambda_policy is 0.",
+        ),
+        (
+            not policy and bool(o.beta_reference) and o.reference_kl == "k1",
+            "objective.reference_kl = 'k1' is a reward of the policy term, but "
+            "objective.lambda_policy is 0; choose 'exact', 'k2' or 'k3'.",
+        ),
+    ]
+
+
+def _policy_rules(config: Config) -> list[tuple[bool, str]]:
+    o, r = config.objective, config.rollout
+    policy, rewards = bool(o.lambda_policy), o.advantage == "group_reward"
+    return [
         (
             o.clip is not None and o.updates_per_batch == 1,
             "objective.clip has no effect with one update per batch, where the ratio is 1; "
@@ -166,24 +194,14 @@ def _objective_rules(config: Config) -> list[tuple[bool, str]]:
             "objective.baseline = 'kl' belongs to the log-ratio advantages, not to group_reward.",
         ),
         (
-            o.top_k > 0 and not divergence,
-            "objective.top_k is the support of the divergence term, whose weight "
-            "objective.lambda_divergence is 0; use method = 'gkd' or leave it out.",
+            o.advantage_parameter is not None
+            and o.advantage in ("log_ratio", "soft_log", "group_reward"),
+            f"objective.advantage_parameter has no effect with advantage = {o.advantage!r}, which "
+            "has no parameter; leave it out or choose clip, tanh, power or floor.",
         ),
         (
-            not policy and (o.first_n > 0 or o.prefix_gain > 0 or o.mask_truncated),
-            "objective.first_n, prefix_gain and mask_truncated act on the policy term, whose "
-            "weight objective.lambda_policy is 0.",
-        ),
-        (
-            not policy and o.updates_per_batch > 1,
-            "objective.updates_per_batch above 1 needs the policy term and its ratio, but "
-            "objective.lambda_policy is 0.",
-        ),
-        (
-            not policy and bool(o.beta_reference) and o.reference_kl == "k1",
-            "objective.reference_kl = 'k1' is a reward of the policy term, but "
-            "objective.lambda_policy is 0; choose 'exact', 'k2' or 'k3'.",
+            o.advantage == "floor" and (o.advantage_parameter or 0.0) >= 1,
+            "objective.advantage_parameter is the floor's mixture weight, which must lie below 1.",
         ),
     ]
 
@@ -192,6 +210,13 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
     o, e = config.objective, config.eval
     teaches = bool(o.lambda_policy) and o.advantage != "group_reward"
     return [
+        (not config.run.output, "run.output is empty; give the folder of the run."),
+        (
+            "embedded" in (config.data.train, config.eval.data)
+            and (config.data.grader, config.data.answer_marker) != ("exact", ";#"),
+            'the embedded world writes its answers behind ";#"; set data.answer_marker = ";#" and '
+            'data.grader = "exact".',
+        ),
         (
             not config.student.model,
             'student.model is missing; give a folder, a hub name or "embedded".',
