@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stableopd.objective.logprobs import Head
@@ -29,6 +31,19 @@ __all__ = [
     "shared_vocabulary",
     "token_hidden_states",
 ]
+
+# What transformers, its libraries and broken files raise when a model cannot be loaded.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 # Logits of the full model and of head(hidden) may differ by rounding alone.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -92,7 +107,7 @@ def load(
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, **options, **model_options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{role}.model = {source!r}: cannot be loaded: {reason}") from error
     model, info = loaded
@@ -123,6 +138,11 @@ def _require_head(model: Any, role: str, source: str) -> None:
     ids_BT = torch.arange(1, 9, device=model.device).unsqueeze(0) % head.weight_VD.shape[0]
     mask_BT = torch.ones_like(ids_BT)
     whole = model(input_ids=ids_BT, attention_mask=mask_BT).logits[0].float()
+    if not bool(torch.isfinite(whole).all()):
+        raise ModelError(
+            f"{role}.model = {source!r}: its logits are not finite (NaN or infinity), though its "
+            "weights are; use an earlier checkpoint or another dtype."
+        )
     parts = head.logits(hidden_states(model, ids_BT, mask_BT)[0]).float()
     tolerance = HEAD_TOLERANCE.get(model.dtype, HEAD_TOLERANCE_HALF)
     if not torch.allclose(whole, parts, rtol=tolerance, atol=tolerance * whole.abs().max().item()):
