@@ -32,7 +32,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from stableopd.types import DataError, ModelError, Rollout, SamplingSettings, StopReason
+from stableopd.types import (
+    DataError,
+    ModelError,
+    Rollout,
+    SamplingSettings,
+    StopReason,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,6 +123,7 @@ class TransformersSampler:
 
         Raises:
             DataError: A prompt has no token.
+            TrainingError: The model's logits are not finite.
         """
         for prompt_id, prompt_ids in prompts:
             if not prompt_ids:
@@ -273,6 +281,12 @@ class _CommonVocabulary(LogitsProcessor):
         self.num_tokens = num_tokens
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        # One NaN or infinity makes the sum one; drawing from it would be a crash in torch.
+        if not bool(torch.isfinite(scores.sum())):
+            raise TrainingError(
+                "the student's logits are not finite (NaN or infinity), so that it cannot write; "
+                "lower optimizer.learning_rate, or choose another student.dtype."
+            )
         # `generate` hands over a float32 copy of the last logits, so that in place is safe.
         scores[:, self.num_tokens :] = -torch.inf
         return scores
