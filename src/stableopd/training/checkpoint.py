@@ -71,7 +71,7 @@ def load_trainer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -
         state = torch.load(file, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-    except (OSError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.PickleError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunFolderError(
             f"{file}: the run cannot go on from here ({reason}); remove the folder {path} to go "

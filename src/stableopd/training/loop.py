@@ -19,7 +19,7 @@ from stableopd.evaluation import evaluate
 from stableopd.objective.advantage import group_reward
 from stableopd.training.checkpoint import save
 from stableopd.training.metrics import evaluation_metrics, rollout_rows, step_metrics
-from stableopd.training.setup import Problems, Run, eval_settings
+from stableopd.training.setup import Problems, Run, begin, eval_settings
 from stableopd.training.step import step as make_step
 from stableopd.training.terms import Work
 from stableopd.types import Rollout, SamplingSettings, TrainingError
@@ -46,6 +46,7 @@ def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]
         RunFolderError: The run folder can no longer be written.
     """
     config, folder = run.config, run.folder
+    begin(run)
     if run.start_step == 0 and run.held_out is not None:
         line = {"step": 0, **_evaluation(run, run.held_out)}
         folder.append_metrics(line)

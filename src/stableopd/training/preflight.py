@@ -11,7 +11,7 @@ from stableopd.rollout.stops import Finding, StopLogps, audit
 from stableopd.training.batch import collate, micro_batches, rollout_sequences
 from stableopd.training.setup import Run
 from stableopd.training.terms import score
-from stableopd.types import Rollout, SamplingSettings, StopReason
+from stableopd.types import ModelError, Rollout, SamplingSettings, StopReason
 
 __all__ = ["examine"]
 
@@ -27,6 +27,9 @@ def examine(run: Run) -> list[Finding]:
 
     Returns:
         The findings, in a fixed order.
+
+    Raises:
+        ModelError: A log-prob of student or teacher is not finite.
     """
     o, r = run.config.objective, run.config.rollout
     rollouts: list[Rollout] = []
@@ -62,6 +65,12 @@ def _stop_logps(run: Run, rollouts: list[Rollout]) -> StopLogps | None:
         with players.autocast():
             hidden_ND = token_hidden_states(players.student, batch)
             scores = score(players, hidden_ND, batch, [players.teacher.against(batch)])
+        for role, logp_N in (("student", scores.logp_N), ("teacher", scores.others[0].logp_N)):
+            if not bool(torch.isfinite(logp_N).all()):
+                raise ModelError(
+                    f"the {role} gives log-probs that are not finite on the first rollouts, though "
+                    "its weights are; use an earlier checkpoint or another dtype."
+                )
         ends = torch.tensor([len(s.completion_ids) for s in group]).cumsum(0) - 1
         student += scores.logp_N.cpu()[ends].tolist()
         teacher += scores.others[0].logp_N.cpu()[ends].tolist()

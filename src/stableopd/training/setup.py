@@ -31,7 +31,7 @@ from stableopd.training.devices import dtype_of, make_accelerator
 from stableopd.training.terms import Players
 from stableopd.types import ConfigError, Prompt, SamplingSettings, Sequence
 
-__all__ = ["Problems", "Run", "prepare"]
+__all__ = ["Problems", "Run", "begin", "eval_settings", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Run:
 
     Attributes:
         config: The configuration.
-        folder: The run folder.
+        folder: The run folder; of a new run it is not made yet.
         accelerator: Device, precision and trackers.
         student: The student.
         teacher_tokenizer: The teacher's tokenizer; None without a teacher.
@@ -65,6 +65,7 @@ class Run:
         scheduler: The learning rate over the steps.
         train: The problems to train on.
         held_out: The problems of the evaluation; None without one.
+        is_resumed: Whether the folder holds this run already.
         start_step: Steps that are already made.
         notes: Sentences for the user about what was found on the way.
     """
@@ -82,6 +83,7 @@ class Run:
     scheduler: Any
     train: Problems
     held_out: Problems | None
+    is_resumed: bool
     start_step: int
     notes: tuple[str, ...]
 
@@ -89,7 +91,7 @@ class Run:
 def prepare(config: Config, resume: bool = False) -> Run:
     """Load models and data, check that they fit, and open the run folder.
 
-    Nothing is written before everything is loaded and checked.
+    Nothing is written: `begin` makes the folder when the first step is about to be made.
 
     Args:
         config: The configuration.
@@ -116,13 +118,6 @@ def prepare(config: Config, resume: bool = False) -> Run:
     start_step = 0
     if checkpoint is not None:
         start_step = load_trainer(checkpoint, optimizer, scheduler)
-    if resume:
-        # Without a checkpoint even step 0's evaluation is made again.
-        folder.rewind(start_step if checkpoint is not None else -1)
-        folder.write_text("config.toml", configuration.to_toml(config))
-    else:
-        folder = RunFolder.create(output, configuration.to_toml(config), _environment(config))
-    _start_trackers(config, accelerator)
 
     def sampler(batch_size: int) -> TransformersSampler:
         return TransformersSampler(
@@ -143,16 +138,32 @@ def prepare(config: Config, resume: bool = False) -> Run:
         scheduler=scheduler,
         train=train,
         held_out=held_out,
+        is_resumed=resume,
         start_step=start_step,
         notes=tuple(notes),
     )
 
 
-def _start_trackers(config: Config, accelerator: Accelerator) -> None:
-    if config.run.trackers:
+def begin(run: Run) -> None:
+    """Make the folder of a new run, or take a resumed one back to its checkpoint.
+
+    Args:
+        run: A prepared run that is about to make its next step.
+
+    Raises:
+        RunFolderError: The folder cannot be written.
+    """
+    text = configuration.to_toml(run.config)
+    if run.is_resumed:
+        # Without a checkpoint even step 0's evaluation is made again.
+        run.folder.rewind(run.start_step or -1)
+        run.folder.write_text("config.toml", text)
+    else:
+        RunFolder.create(run.folder.path, text, _environment(run.config))
+    if run.config.run.trackers:
         # Trackers take no lists.
-        flat = {k: str(v) if isinstance(v, list) else v for k, v in _flat(config).items()}
-        accelerator.init_trackers("stableopd", config=flat)
+        flat = {k: str(v) if isinstance(v, list) else v for k, v in _flat(run.config).items()}
+        run.accelerator.init_trackers("stableopd", config=flat)
 
 
 def _source(model: str, role: str) -> str:
@@ -180,10 +191,7 @@ def _load_models(
     else:
         student = load_student(source, s.gguf_file)
     if s.gradient_checkpointing:
-        # Its name from transformers 5.20 on, and before.
-        enable = getattr(student.model, "activation_checkpointing_enable", None)
-        (enable or student.model.gradient_checkpointing_enable)()
-        student.model.train()
+        _checkpoint_gradients(student.model)
     teacher = reference = None
     if (o.lambda_policy and o.advantage != "group_reward") or o.lambda_divergence:
         teacher = models.load(
@@ -198,6 +206,15 @@ def _load_models(
         # With an adapter the student's own base is the reference, and no second copy is held.
         reference = student if s.lora_rank else load_student(source, s.gguf_file)
     return student, teacher, reference
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    # Its name from transformers 5.20 on, and before.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
+    for module in model.modules():
+        # In training mode are the checkpointing layers alone: dropout stays off, as in sampling.
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _find_folder(config: Config, output: Path, resume: bool) -> tuple[RunFolder, Path | None]:
@@ -344,11 +361,15 @@ def _require_same_config(config: Config, folder: RunFolder) -> None:
         tomllib.loads(folder.config_text()), source=str(folder.path / "config.toml")
     )
     old, new = _flat(before), _flat(config)
-    for name in sorted(old):
-        if name != "run.steps" and old[name] != new[name]:
+    for name in sorted(old | new):
+        mine, theirs = new.get(name), old.get(name)
+        # The folder may have been moved, and steps may be added.
+        if name == "run.output" or (name == "run.steps" and new[name] >= old[name]):
+            continue
+        if mine != theirs:
             raise ConfigError(
-                f"--resume: {name} is {new[name]!r}, but the run in {folder.path} has "
-                f"{old[name]!r}; use its settings, or another run.output for a new run."
+                f"--resume: {name} is {mine!r}, but the run in {folder.path} has {theirs!r}; use "
+                "its settings, or another run.output for a new run."
             )
 
 

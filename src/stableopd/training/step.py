@@ -74,13 +74,14 @@ def step(
     objective = work.objective
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     old_logps: list[list[float]] | None = None
-    first, tally, grad_norm = Tally(), Tally(), math.nan
+    first, tally, grad_norm, score_s = Tally(), Tally(), math.nan, 0.0
     for _ in range(objective.updates_per_batch):
         tally = Tally()
         _backward_rollouts(players, work, tally, old_logps, micro_batch_tokens)
         _backward_golden(players, work, tally, micro_batch_tokens)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, grad_clip))
         _require_finite(tally, grad_norm)
+        score_s += tally.score_s
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if old_logps is None:
@@ -96,8 +97,8 @@ def step(
         teacher_logps=tuple(first.per_rollout.get("teacher", empty)),
         advantages=tuple(first.per_rollout.get("advantage", empty)),
         token_means={k: v / max(1, first.num_tokens) for k, v in first.sums.items()},
-        score_s=tally.score_s,
-        update_s=time.perf_counter() - start - tally.score_s,
+        score_s=score_s,
+        update_s=time.perf_counter() - start - score_s,
     )
 
 
