@@ -322,6 +322,6 @@ def test_the_embedded_world_needs_its_own_answer_marker():
         "teacher": {"model": "embedded"},
         "data": {"train": "embedded", "answer_marker": ";#"},
     }
-    config.parse(table)
+    parse(table)
     with pytest.raises(ConfigError, match='set data.answer_marker = ";#"'):
-        config.parse(table, ["data.answer_marker=#"])
+        parse(table, ["data.answer_marker=#"])
