@@ -323,5 +323,5 @@ def test_the_embedded_world_needs_its_own_answer_marker():
         "data": {"train": "embedded", "answer_marker": ";#"},
     }
     parse(table)
-    with pytest.raises(ConfigError, match='set data.answer_marker = ";#"'):
+    with pytest.raises(ConfigError, match=r'set data\.answer_marker = ";#"'):
         parse(table, ["data.answer_marker=#"])

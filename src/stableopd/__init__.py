@@ -6,7 +6,15 @@ Importing this package loads nothing else: a public name is fetched when it is f
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stableopd.config import Config
+    from stableopd.config import load as load_config
+    from stableopd.runfolder import RunFolder
+    from stableopd.training.loop import train
+    from stableopd.training.setup import prepare
+    from stableopd.types import Prompt, Rollout, SamplingSettings, StableOPDError, StopReason
 
 __version__ = "0.1.0"
 
