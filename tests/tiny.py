@@ -23,6 +23,7 @@ VOCABULARY = {"<pad>": PAD, "<eos>": EOS, "<end>": END} | {
     character: place for place, character in enumerate(CHARACTERS, start=3)
 }
 V = len(VOCABULARY)
+CPU = torch.device("cpu")
 
 
 def make_tokenizer(vocabulary: dict[str, int] = VOCABULARY, eos: str = "<eos>") -> Any:
