@@ -112,7 +112,7 @@ class ObjectiveConfig:
 class OptimizerConfig:
     learning_rate: float = 1e-6  # paper
     schedule: str = "constant"
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # as transformers counts them: the first step's rate is 0
     grad_clip: float = 1.0
     weight_decay: float = 0.0  # paper: Adam
     beta1: float = 0.9

@@ -159,12 +159,13 @@ def _results(
 ) -> Any:
     """The table of the demo: start, then the end of each arm."""
     runs = [(name, folder.metrics()) for name, folder in folders]
-    first = runs[0][1]
-    if len(first) < 2:
+    steps = {name: [line for line in lines if line["step"] > 0] for name, lines in runs}
+    first_name, first = runs[0]
+    if not steps[first_name]:
         raise RunFolderError(f"{folders[0][1].path}: has no step to show.")
-    rows = [["start", *_row(first[:1], first[1:2])]]
+    rows = [["start", *_row(first[:1], steps[first_name][:1])]]
     for name, lines in runs:
-        rows.append([f"{name}, end", *_row(lines, lines[-FINAL_STEPS:])])
+        rows.append([f"{name}, end", *_row(lines, steps[name][-FINAL_STEPS:])])
     columns = ("", "accuracy", "TruncRate", "RepRate", "length")
     made = table(columns, rows, "From the same student")
     made.caption = (
