@@ -271,9 +271,10 @@ def _stop_gap(plan: StopPlan, logps: StopLogps) -> Finding:
     name = "stop log-probs"
     if not logps.count:
         return Finding("OK", name, "not measured: no rollout of the student stopped.")
+    stops = "stop" if logps.count == 1 else "stops"
     message = (
-        f"at {logps.count} stops of the student its own log-prob is {logps.student_mean:.2f} nats "
-        f"on average, the teacher's {logps.teacher_mean:.2f}"
+        f"at {logps.count} {stops} of the student its own log-prob is "
+        f"{logps.student_mean:.2f} nats on average, the teacher's {logps.teacher_mean:.2f}"
     )
     # Written so that NaN warns as well.
     if logps.student_mean - logps.teacher_mean <= STOP_GAP_NATS:
