@@ -283,6 +283,10 @@ def add_lora(student: LanguageModel, rank: int, alpha: int, targets: str) -> Lan
         raise ModelError(
             "student.lora_rank needs the package peft; install stableopd[peft] or set it to 0."
         ) from None
+    if Path(student.name).exists():
+        # An adapter names its base; a relative path would hold in this folder alone.
+        student.model.config._name_or_path = str(Path(student.name).resolve())
+        student.model.name_or_path = str(Path(student.name).resolve())
     names = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM", lora_dropout=0.0
