@@ -8,7 +8,7 @@ PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test test-slow lint types format bench smollm2 wheel clean
 
 help:
-	@echo "make demo    OPD collapses, StableOPD does not: both, live, in under five minutes"
+	@echo "make demo    OPD collapses, StableOPD does not: both, live, in a minute or two"
 	@echo "make test    the tests;  make lint, make types: the other checks"
 	@echo "make bench   the benchmarks;  make smollm2: the recipe with a real language model"
 

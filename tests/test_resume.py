@@ -315,7 +315,9 @@ def test_an_interrupt_finishes_the_step(world, undisturbed, server, number):
     assert text.count("Interrupted: finishing this step and saving.\n") == 1
     last = num_lines(run) - 1
     assert 2 <= last < STEPS
-    assert f"Stopped after step {last} of {STEPS}. Go on with the same command --resume.\n" in text
+    assert (
+        f"Stopped after step {last} of {STEPS}. Go on with the same command and --resume.\n" in text
+    )
     assert RunFolder.open(run).checkpoints()[-1] == last
     code, text = server.run(config, "--resume")
     assert code == 0, text

@@ -47,7 +47,7 @@ def _stableopd() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A TOML file; see README.md for its fields.")],
+    config: Annotated[Path, typer.Argument(help="TOML, such as recipes/own-models/train.toml.")],
     set_: Overrides = [],  # noqa: B006 (typer reads the default and never changes it)
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of run.output.")
@@ -84,7 +84,7 @@ def train(
     write_page([(name, run.folder)], run.folder.path / "report.html", str(run.folder.path))
     print(f"Report: {run.folder.path / 'report.html'}")
     if last < total:
-        again = "" if resume else " --resume"
+        again = "" if resume else " and --resume"
         print(f"Stopped after step {last} of {total}. Go on with the same command{again}.")
         raise typer.Exit(130)
 
