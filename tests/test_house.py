@@ -40,15 +40,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": MODELS | DATA | {"evaluation", "__init__"},
     "report": FOUNDATION | {"runfolder", "diagnostics"},
     "terminal": FOUNDATION,
-    "demo": FOUNDATION | {"__init__", "embedded", "runfolder", "report", "terminal"},
+    "integrations": MATHS | {"runfolder"},
+    "diagnose": MATHS | {"runfolder", "integrations", "report", "terminal"},
+    "doctor": MODELS | DATA | {"training", "terminal"},
+    "demo": FOUNDATION | {"__init__", "diagnose", "embedded", "runfolder", "report", "terminal"},
     "cli": FOUNDATION
-    | {"__init__", "runfolder", "report", "terminal", "demo", "training", "evaluation", "rollout"},
+    | {"__init__", "runfolder", "report", "terminal", "demo", "training", "evaluation", "rollout"}
+    | {"diagnose", "diagnostics", "doctor"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 
 # What a room may load from outside; rooms not named here may load anything.
 NO_TORCH = {"config", "config_checks", "diagnostics", "report", "runfolder", "terminal", "demo"}
+NO_TORCH |= {"diagnose", "integrations"}
 
 
 def room_of(file: Path) -> str:

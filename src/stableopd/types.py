@@ -26,7 +26,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 __all__ = [
     "Batch",
@@ -35,6 +37,7 @@ __all__ = [
     "Message",
     "ModelError",
     "Prompt",
+    "Record",
     "Rollout",
     "RunFolderError",
     "SamplingSettings",
@@ -133,6 +136,43 @@ class Rollout:
     stop_reason: StopReason
     sampler_logps: tuple[float, ...]
     settings: SamplingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A rollout as it stands in a file of any framework; None where the file does not say.
+
+    Attributes:
+        source: The file.
+        line: Its line or row there, from 1.
+        completion: The completion as text.
+        prompt: The prompt as text; "" where the file has none.
+        prompt_id: What tells the prompt from others; "" where the file has none.
+        step: The optimizer step.
+        completion_ids: (T,) token ids of the completion.
+        num_tokens: T, also where it is known without the ids.
+        stop_reason: Why it ended.
+        student_logps: (T,) log-probs of the tokens under the student, in nats.
+        teacher_logps: (T,) the same under the teacher.
+        advantages: (T,) what the framework trained with, where it differs from the log-ratio.
+        correct: Whether the answer was graded correct.
+        score: The framework's own score or reward.
+    """
+
+    source: str
+    line: int
+    completion: str
+    prompt: str = ""
+    prompt_id: str = ""
+    step: int | None = None
+    completion_ids: NDArray[np.int64] | None = None
+    num_tokens: int | None = None
+    stop_reason: StopReason | None = None
+    student_logps: NDArray[np.float64] | None = None
+    teacher_logps: NDArray[np.float64] | None = None
+    advantages: NDArray[np.float64] | None = None
+    correct: bool | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

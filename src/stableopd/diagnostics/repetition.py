@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stableopd.diagnostics.ngrams import nearest_equal
 from stableopd.types import ConfigError
 
-__all__ = ["is_repetitive", "repetition_rate", "repetitive_tokens"]
+__all__ = [
+    "is_repetitive",
+    "label_rows",
+    "repetition_flags",
+    "repetition_rate",
+    "repetitive_tokens",
+]
+
+# A piece of this many tokens is labelled in one go: its arrays stay in a core's cache.
+_PIECE_TOKENS = 16_384
+# Below this many characters to compress a thread pool costs more than it saves.
+_POOL_CHARS = 200_000
 
 
 def is_repetitive(text: str, window_chars: int = 10_000, ratio: float = 10.0) -> bool:
@@ -35,6 +50,43 @@ def is_repetitive(text: str, window_chars: int = 10_000, ratio: float = 10.0) ->
     return len(window) / len(zlib.compress(window)) > ratio
 
 
+def repetition_flags(
+    texts: Sequence[str],
+    window_chars: int = 10_000,
+    ratio: float = 10.0,
+    num_threads: int = 0,
+) -> NDArray[np.bool_]:
+    """Label many texts by `is_repetitive`, on all cores: zlib compresses outside Python's lock.
+
+    Args:
+        texts: Completions without special tokens.
+        window_chars: L of `is_repetitive`, in characters.
+        ratio: tau of `is_repetitive`.
+        num_threads: Number of threads; 0 for one a core. Few or short texts take one anyway.
+
+    Returns:
+        (len(texts),) booleans, in the order of the texts. (arXiv 2604.08527.)
+    """
+    flags = np.zeros(len(texts), dtype=np.bool_)
+    places = [place for place, text in enumerate(texts) if len(text) > window_chars]
+    threads = min(num_threads or _num_cores(), len(places))
+    if threads < 2 or len(places) * window_chars < _POOL_CHARS:
+        flags[places] = [is_repetitive(texts[place], window_chars, ratio) for place in places]
+        return flags
+
+    # One task a thread would wait for the slowest; one a text would pay for a queue each time.
+    size = max(1, min(64, math.ceil(len(places) / (4 * threads))))
+    parts = [places[start : start + size] for start in range(0, len(places), size)]
+
+    def label(part: list[int]) -> list[bool]:
+        return [is_repetitive(texts[place], window_chars, ratio) for place in part]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for part, found in zip(parts, pool.map(label, parts), strict=True):
+            flags[part] = found
+    return flags
+
+
 def repetition_rate(texts: Sequence[str], window_chars: int = 10_000, ratio: float = 10.0) -> float:
     """RepRate: the share of all texts, short ones included, that are repetitive.
 
@@ -48,7 +100,7 @@ def repetition_rate(texts: Sequence[str], window_chars: int = 10_000, ratio: flo
     """
     if not texts:
         return math.nan
-    return sum(is_repetitive(text, window_chars, ratio) for text in texts) / len(texts)
+    return float(repetition_flags(texts, window_chars, ratio).mean())
 
 
 def repetitive_tokens(
@@ -57,7 +109,8 @@ def repetitive_tokens(
     """Label the tokens of one rollout that continue something said before.
 
     Token t is repetitive when the n-gram that ends at t also ended at an earlier position; the
-    two may overlap. The paper (arXiv 2604.08527) gives no rule; this one is the project's.
+    two may overlap. The paper (arXiv 2604.08527) gives no rule; this one is the project's. Exact:
+    n-grams are found by hash and then compared.
 
     Args:
         ids: (T,) token ids of one completion.
@@ -71,37 +124,63 @@ def repetitive_tokens(
     Raises:
         ConfigError: `ngram` is less than 1.
     """
+    return label_rows([np.asarray(ids, dtype=np.int64).reshape(-1)], ngram, min_run)[0]
+
+
+def label_rows(
+    rows: Sequence[NDArray[np.int64]], ngram: int = 8, min_run: int = 0
+) -> list[NDArray[np.bool_]]:
+    """Label the tokens of many rollouts at once, each by itself.
+
+    The same labels as `repetitive_tokens` of each row, but short rows share the work of a call.
+
+    Args:
+        rows: Token ids of one completion each.
+        ngram: n, in tokens.
+        min_run: Shortest run that counts, as in `repetitive_tokens`.
+
+    Returns:
+        One array of booleans a row, as long as the row.
+
+    Raises:
+        ConfigError: `ngram` is less than 1.
+    """
     if ngram < 1:
         raise ConfigError(f"ngram must be at least 1, not {ngram}; the default is 8.")
-    tokens = np.asarray(ids, dtype=np.int64).reshape(-1)
+    labels: list[NDArray[np.bool_]] = []
+    piece: list[NDArray[np.int64]] = []
+    size = 0
+    for row in rows:
+        if piece and size + len(row) > _PIECE_TOKENS:
+            labels += _label_piece(piece, ngram, min_run)
+            piece, size = [], 0
+        piece.append(row)
+        size += len(row)
+    return labels + _label_piece(piece, ngram, min_run) if piece else labels
+
+
+def _label_piece(
+    rows: list[NDArray[np.int64]], ngram: int, min_run: int
+) -> list[NDArray[np.bool_]]:
+    stops = np.cumsum([len(row) for row in rows])
+    # "unsafe": an empty list among the rows is an array of floats.
+    tokens = np.concatenate(rows, dtype=np.int64, casting="unsafe").view(np.uint64)
     labels = np.zeros(len(tokens), dtype=np.bool_)
-    if len(tokens) < ngram:
-        return labels
-    _, first, rank = np.unique(_window_ranks(tokens, ngram), return_index=True, return_inverse=True)
-    starts = np.arange(len(rank))
-    labels[ngram - 1 :] = first[rank] < starts
-    return _long_runs(labels, min_run) if min_run > 1 else labels
+    if len(tokens) >= ngram:
+        several = stops if len(rows) > 1 else None
+        later, _ = nearest_equal(tokens, ngram, several)
+        labels[later + (ngram - 1)] = True
+        if min_run > 1:
+            labels = _long_runs(labels, min_run)
+    if len(rows) == 1:
+        return [labels]
+    return [labels[stop - len(row) : stop] for row, stop in zip(rows, stops.tolist(), strict=True)]
 
 
-def _window_ranks(tokens: NDArray[np.int64], ngram: int) -> NDArray[np.int64]:
-    """Number every n-gram, so that two numbers are equal exactly where the n-grams are.
-
-    Widths double: a window of 2k tokens is a pair of windows of k. The last step joins two
-    windows that overlap, which together still fix all n tokens. Numbers stay below T, so a pair
-    packs into one int64 without loss.
-    """
-    rank = _dense(tokens)
-    width = 1
-    while width < ngram:
-        step = min(width, ngram - width)
-        left, right = rank[: len(rank) - step], rank[step:]
-        rank = _dense(left * (len(tokens) + 1) + right)
-        width += step
-    return rank
-
-
-def _dense(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.unique(values, return_inverse=True)[1].astype(np.int64)
+def _num_cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _long_runs(labels: NDArray[np.bool_], min_run: int) -> NDArray[np.bool_]:
