@@ -1,0 +1,1 @@
+"""What other frameworks write, read into the package's own types."""

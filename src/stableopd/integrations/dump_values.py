@@ -1,0 +1,224 @@
+"""The values of a dump's rows: texts, chats, token ids, log-probs and reasons, however spelled.
+
+A function here raises ValueError, with what is wrong in words, for a value that it cannot use.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stableopd.types import StopReason
+
+__all__ = [
+    "chat_text",
+    "completion_text",
+    "flag",
+    "ids",
+    "number",
+    "numbers",
+    "prompt_text",
+    "split_chat",
+    "stop_reason",
+    "whole",
+]
+
+CUT_OFF = {
+    *("length", "truncated", "truncate", "clipped", "overlong", "max_tokens", "max_new_tokens"),
+    *("max_length", "max_output_tokens", "max_total_tokens", "max_completion_length"),
+    *("max_completion_tokens", "token_limit", "max_model_len", "model_length", "incomplete"),
+}
+STOPPED = {
+    *("stop", "stopped", "stop_token", "stop_sequence", "completed", "complete", "finished"),
+    *("done", "eos", "eos_token", "end_turn", "tool_calls", "tool_call", "tool_use"),
+}
+NEITHER = {"", "abort", "aborted", "pending", "failed", "error", "none", "null", "unknown"}
+# Which of the two a column of yes and no means by yes.
+CUT_OFF_NAME = re.compile(r"trunc|clip|overlong|cut|length|cap", re.IGNORECASE)
+STOPPED_NAME = re.compile(r"finish|complet|stop|eos|terminat|done", re.IGNORECASE)
+
+
+def chat_text(content: Any) -> str:
+    """The text of a message's content: text, or a list of parts with a text each."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list | tuple):
+        parts = cast(Sequence[Any], content)
+        texts = [p if isinstance(p, str) else p.get("text") for p in parts if p]
+        return "".join(text for text in texts if isinstance(text, str))
+    return ""
+
+
+def completion_text(value: Any) -> str:
+    """A completion as text.
+
+    Args:
+        value: Text, one message, or the messages of a chat; of a chat all turns of the assistant
+            count, joined by line ends, each with its reasoning first where that is kept apart.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"the completion is {_kind(value)}, neither text nor messages")
+    messages = _messages(cast(Sequence[Any], value), "completion")
+    turns = [_turn(m) for m in messages if m.get("role") in ("assistant", "model", "gpt")]
+    if not turns:
+        raise ValueError("the completion has no message of the assistant")
+    return "\n".join(turns)
+
+
+def prompt_text(value: Any) -> str:
+    """A prompt as text: one message alone, several with their roles; "" for none."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"the prompt is {_kind(value)}, neither text nor messages")
+    messages = _messages(cast(Sequence[Any], value), "prompt")
+    if len(messages) == 1:
+        return chat_text(messages[0].get("content"))
+    return "\n".join(f"{m.get('role')}: {chat_text(m.get('content'))}" for m in messages)
+
+
+def split_chat(value: Any) -> tuple[Any, Any]:
+    """Split a whole chat into the prompt and what the assistant wrote after it."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"the messages are {_kind(value)}, not a list")
+    messages = _messages(cast(Sequence[Any], value), "chat")
+    asked = [i for i, m in enumerate(messages) if m.get("role") in ("user", "human")]
+    start = asked[-1] + 1 if asked else 0
+    return messages[:start], messages[start:]
+
+
+def stop_reason(value: Any, column: str = "") -> StopReason | None:
+    """Why a rollout ended.
+
+    Args:
+        value: A word (also one of an enumeration, or in an object with "type"), or yes and no.
+        column: Its column, which tells what yes means.
+
+    Returns:
+        The reason; None where the value says neither, as for an aborted rollout.
+    """
+    if isinstance(value, Mapping):
+        value = cast(Mapping[str, Any], value).get("type")
+    if value is None or isinstance(value, StopReason):
+        return value
+    name = column.rpartition(".")[2]
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        if CUT_OFF_NAME.search(name):
+            return StopReason.LENGTH if value else StopReason.STOP
+        if STOPPED_NAME.search(name):
+            return StopReason.STOP if value else StopReason.LENGTH
+        raise ValueError(f"column {name!r} does not say what {value} means")
+    word = str(value).rpartition(".")[2].strip().lower()
+    if word in ("true", "false"):
+        return stop_reason(word == "true", column)
+    if word in CUT_OFF:
+        return StopReason.LENGTH
+    if word in STOPPED:
+        return StopReason.STOP
+    if word in NEITHER:
+        return None
+    raise ValueError(f"{value!r} is no known reason for the end of a rollout")
+
+
+def whole(value: Any) -> int | None:
+    """A whole number, also from text; None for null and nan."""
+    found = number(value)
+    if found is None:
+        return None
+    if found != int(found):
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(found)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, also from text; None for null and nan."""
+    if value is None:
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{_short(value)} is not a number") from None
+    return found if math.isfinite(found) else None
+
+
+def flag(value: Any) -> bool | None:
+    """Yes or no, also as 0 and 1 or a word; None for null."""
+    if value is None or isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word in ("true", "yes", "1", "1.0", "correct"):
+        return True
+    if word in ("false", "no", "0", "0.0", "incorrect", "wrong", "-1", "-1.0"):
+        return False
+    if word in ("", "none", "null", "nan"):
+        return None
+    raise ValueError(f"{_short(value)} is neither yes nor no")
+
+
+def ids(value: Any) -> NDArray[np.int64] | None:
+    """Token ids as an array (T,)."""
+    if value is None:
+        return None
+    try:
+        found = np.asarray(value)
+        if found.ndim == 1 and (found.dtype.kind in "iu" or not found.size):
+            return found.astype(np.int64, copy=False)
+        if found.ndim == 1 and found.dtype.kind == "f" and np.array_equal(found, found.round()):
+            return found.astype(np.int64)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError("not a list of token ids")
+
+
+def numbers(value: Any) -> NDArray[np.float64] | None:
+    """Numbers as an array (T,); null and "NaN" in it become nan."""
+    if value is None:
+        return None
+    try:
+        found = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("not a list of numbers") from None
+    if found.ndim > 1:
+        raise ValueError("not a list of numbers")
+    return found
+
+
+def _messages(items: Sequence[Any], what: str) -> list[Mapping[str, Any]]:
+    messages: list[Mapping[str, Any]] = []
+    for item in items:
+        if not isinstance(item, Mapping):
+            raise ValueError(f"the {what} is a list of {_kind(item)}, not of messages")
+        message = cast(Mapping[str, Any], item)
+        if "role" not in message and "from" in message:  # the names of ShareGPT
+            message = {"role": message["from"], "content": message.get("value")}
+        messages.append(message)
+    return messages
+
+
+def _turn(message: Mapping[str, Any]) -> str:
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    said = chat_text(message.get("content"))
+    return f"{thought}\n{said}" if isinstance(thought, str) and thought else said
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", dict: "an object", bool: "yes or no", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
