@@ -1,0 +1,244 @@
+"""The verdict: whether a run collapsed, and which of the two causes it was.
+
+    A  stop-token mismatch: from the first step on the teacher gives the student's stops a log-prob
+       that is several nats lower, so that the student unlearns to stop (arXiv 2609.20511)
+    B  repetition: repeated text is easy for both models, its tokens carry the less negative
+       advantage, and they take over the update (arXiv 2604.08527)
+
+The rules are stated at the constants below and in docs/diagnose.md. Every one of them shows in the
+evidence with its numbers, so that a reader can disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stableopd.diagnostics.alarm import Alarm, Level
+from stableopd.diagnostics.evidence import (
+    MARKER_SHARE,
+    REPETITIVE_SHARE,
+    Clues,
+    Facts,
+    find_clues,
+    say,
+)
+from stableopd.diagnostics.onset import Onset
+from stableopd.diagnostics.summary import Summary
+
+__all__ = ["Diagnosis", "Verdict", "judge"]
+
+# Design: with fewer rollouts a rate of one half is known to no better than +-0.25.
+MIN_ROLLOUTS = 16
+
+# Design: a collapse cuts off most rollouts. The paper's stable phase has TruncRate .23 and .5 at a
+# constant level and its collapse ends above .95, so that the level alone says little below .9,
+# and a rise to .6 says enough.
+COLLAPSED_AFTER_RISE, COLLAPSED_LEVEL = 0.6, 0.9
+
+Cause = Literal["A", "B", "both", "unclear", "healthy", "too little data"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What happened, and why it is thought so.
+
+    Attributes:
+        cause: "A" (stop-token mismatch), "B" (repetition), "both", "unclear" (a collapse whose
+            cause the files do not show), "healthy", or "too little data".
+        collapsed: Whether a collapse was found.
+        confidence: "high", "medium" or "low".
+        headline: One sentence.
+        evidence: What speaks for it and against it, one sentence each.
+        advice: What to do, one sentence each, the first first.
+    """
+
+    cause: Cause
+    collapsed: bool
+    confidence: Literal["high", "medium", "low"]
+    headline: str
+    evidence: tuple[str, ...]
+    advice: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that is known about one run.
+
+    Attributes:
+        name: What to call it.
+        source: What was read, as "run folder" or "TRL (parquet)".
+        summary: Measurements of its rollouts.
+        lines: One mapping a step with the names of docs/metrics.md: those of metrics.jsonl where
+            the run has one, else made from the rollouts.
+        onset: When truncation changed phase.
+        repetition_onset: When the share of repetitive units did.
+        verdict: The verdict.
+        notes: How truncation was decided, damaged lines, what is missing.
+        config: The run's config.toml; "" where there is none.
+        environment: The run's environment.json; "" where there is none.
+        warned_at: Step of the first WARN of the alarm on these lines; None without one.
+        alarmed_at: Step of its first COLLAPSE; None without one.
+        alarm: Its state after the last line.
+    """
+
+    name: str
+    source: str
+    summary: Summary
+    lines: tuple[Mapping[str, Any], ...]
+    onset: Onset
+    repetition_onset: Onset
+    verdict: Verdict
+    notes: tuple[str, ...]
+    config: str = ""
+    environment: str = ""
+    warned_at: int | None = None
+    alarmed_at: int | None = None
+    alarm: Alarm = field(default_factory=Alarm)
+
+
+def judge(
+    summary: Summary,
+    lines: Sequence[Mapping[str, Any]],
+    onset: Onset,
+    repetition_onset: Onset,
+    facts: Facts | None = None,
+    alarm: Alarm | None = None,
+) -> Verdict:
+    """Say whether a run collapsed, of which cause, and on what evidence.
+
+    Args:
+        summary: Measurements of its rollouts.
+        lines: One mapping a step with the names of docs/metrics.md.
+        onset: Of the truncation rate.
+        repetition_onset: Of the share of repetitive units.
+        facts: What the run's own files say about stops.
+        alarm: State of the alarm after these lines: its early signs are told of a healthy run.
+
+    Returns:
+        The verdict. A collapse is TruncRate that rose to 0.6 or more and stayed, or that is 0.9 or
+        more throughout; without knowledge of cut-offs, repetition that rose and stayed.
+    """
+    if summary.overall.num_rollouts < MIN_ROLLOUTS:
+        return _too_little(summary.overall.num_rollouts)
+    facts = facts or Facts()
+    clues = find_clues(summary, lines, onset, repetition_onset, facts)
+    collapsed = _is_collapsed(summary, onset, repetition_onset, clues)
+    evidence = say(summary, clues, onset, repetition_onset, facts, collapsed)
+    if not collapsed:
+        return _healthy(summary, onset, evidence, clues, alarm or Alarm())
+    cause, confidence = _cause(clues)
+    headline = _headline(cause, onset)
+    if cause == "unclear" and onset.kind != "rise":
+        headline = _NEVER_STOPPED
+    return Verdict(cause, True, confidence, headline, evidence, _advice(cause, onset))
+
+
+def _too_little(num_rollouts: int) -> Verdict:
+    return Verdict(
+        "too little data",
+        False,
+        "high",
+        f"{num_rollouts or 'No'} rollouts: too few to judge; {MIN_ROLLOUTS} or more are needed.",
+        (),
+        ("Give the dumps of more steps.",),
+    )
+
+
+def _is_collapsed(summary: Summary, onset: Onset, repetition_onset: Onset, clues: Clues) -> bool:
+    if math.isnan(clues.truncation):
+        rose = repetition_onset.kind == "rise" and repetition_onset.end >= REPETITIVE_SHARE
+        return rose or summary.overall.loop_share >= COLLAPSED_LEVEL
+    if onset.kind == "rise":
+        return onset.end >= COLLAPSED_AFTER_RISE
+    if onset.kind in ("healed", "fall"):
+        return onset.end >= COLLAPSED_LEVEL
+    return clues.truncation >= COLLAPSED_LEVEL
+
+
+def _cause(clues: Clues) -> tuple[Cause, Literal["high", "medium", "low"]]:
+    """The cause, and how sure that is."""
+    measured = not math.isnan(clues.first_gap)
+    if clues.forbids_stops:
+        # A student that no longer stops goes on and repeats itself: that is A's symptom.
+        # Repetition that rose while the student still stopped is a cause of its own.
+        is_driver = clues.repeats and clues.repeats_first is True and not clues.unlearnt_first
+        return ("both", "medium") if is_driver else ("A", "high")
+    if not measured and clues.marker_share >= MARKER_SHARE:
+        return ("A", "medium" if not clues.repeats else "low")
+    if clues.repeats:
+        return ("B", "high" if measured else "medium")
+    return ("unclear", "low")
+
+
+def _healthy(
+    summary: Summary, onset: Onset, evidence: tuple[str, ...], clues: Clues, alarm: Alarm
+) -> Verdict:
+    unknown = math.isnan(clues.truncation)
+    advice: list[str] = []
+    headline = "No collapse."
+    if onset.kind == "rise":
+        headline = f"No collapse, but truncation rose to {onset.end:.2f}: watch this run."
+        advice.append("Go on with the alarm on, and diagnose again later.")
+    elif onset.kind == "healed":
+        headline = "No collapse: truncation rose and came back."
+    elif not unknown and (not summary.by_step or onset.kind == "too short"):
+        headline = "No collapse in these rollouts; too few steps to see a trend."
+    elif alarm.level is not Level.OK:
+        headline = "No collapse yet, but there are early signs of one."
+        evidence = (*evidence, f"At the last step the alarm says {alarm.level}: {alarm.reason}.")
+        advice.append('Go on with alarm.action = "rollback", or start over with stable_opd.')
+    if clues.forbids_stops:
+        headline = "No collapse yet, but the teacher forbids the student's stops (cause A)."
+        advice.append(_STOP_AS_EVENT)
+    if unknown:
+        headline += " Truncation is not known."
+        advice.append("Say how long rollouts may be: --max-new-tokens, with --tokenizer for text.")
+    level = "medium" if unknown or advice or onset.kind == "too short" else "high"
+    return Verdict("healthy", False, level, headline, evidence, tuple(advice))
+
+
+def _headline(cause: Cause, onset: Onset) -> str:
+    when = "in all of these steps" if onset.step is None else f"from step {onset.step} on"
+    if onset.kind == "too short":
+        when = "in these rollouts"
+    why = {
+        "A": "cause A, stop-token mismatch",
+        "B": "cause B, repetition",
+        "both": "both causes, stop-token mismatch and repetition",
+    }.get(cause, "the cause is not visible in these files")
+    return f"Truncation collapse {when}: {why}."
+
+
+_NEVER_STOPPED = (
+    "Nearly all rollouts are cut off from the first step on, and they do not repeat themselves: "
+    "the budget may be too short."
+)
+_STOP_AS_EVENT = (
+    'Score stops as one event (objective.stop = "event"), or give both models the same stop ids; '
+    "check with `stableopd doctor`."
+)
+_STABILISE = (
+    "Train with golden solutions in each batch and a KL to the initial student: "
+    'method = "stable_opd".'
+)
+
+
+def _advice(cause: Cause, onset: Onset) -> tuple[str, ...]:
+    cures = {
+        "A": (_STOP_AS_EVENT,),
+        "B": (_STABILISE,),
+        "both": (_STOP_AS_EVENT, _STABILISE),
+    }.get(
+        cause,
+        (
+            "Run `stableopd doctor` on the two models: it tells whether their stops agree.",
+            "Look at the worst rollouts: is the budget simply too short for these problems?",
+        ),
+    )
+    if onset.kind != "rise" or onset.interval is None:
+        return cures
+    restart = f"Start again from a checkpoint before step {onset.interval[0]}: it does not heal."
+    return (*cures, restart)
