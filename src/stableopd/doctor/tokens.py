@@ -1,0 +1,218 @@
+"""Do the two models mean the same by a token, and does the teacher read what the student reads?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import Any
+
+from stableopd.config import Config
+from stableopd.data.prompts import render
+from stableopd.doctor.patient import Check
+from stableopd.models import LanguageModel, head_of
+from stableopd.rollout.stops import Finding
+from stableopd.types import DataError, Prompt
+
+__all__ = ["chat_templates", "sampling", "tokenizers", "vocabulary"]
+
+# Encoded beside the user's own texts: spaces, numbers, code, marks, other scripts.
+PROBES = (
+    "Hello, world!",
+    "x = 3.14 * (y + 2)\n\n\tif x > 10:\n        return None",
+    "  two  spaces, then 1234567890",
+    "Größe, naïve, 東京, Привет, 🙂",
+)
+MAX_TEXTS = 32
+SHOWN_CHARS = 40
+
+
+def tokenizers(student: LanguageModel, teacher: LanguageModel | None, texts: Many[str]) -> Check:
+    """Whether ids mean the same to both models, by their maps and by what they make of texts.
+
+    Names of tokenizers, folders and classes are not compared. Tokens that one of the two added
+    behind the other's last id contradict nothing.
+
+    Args:
+        student: The student.
+        teacher: The teacher, or None.
+        texts: Prompts and solutions of the user, encoded beside a few made-up strings.
+
+    Returns:
+        FAIL where an id means two things, WARN where the maps agree but texts are split
+        differently or do not survive encoding and decoding.
+    """
+    texts = [*texts[:MAX_TEXTS], *PROBES]
+    findings = (
+        [_round_trip(student.tokenizer, texts[: -len(PROBES)])] if texts[len(PROBES) :] else []
+    )
+    if teacher is None:
+        return Check(tuple(findings))
+    mine, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    numbers = {"num_student": len(mine), "num_teacher": len(theirs)}
+    differing = _differing_ids(mine, theirs)
+    numbers["num_differing_ids"] = len(differing)
+    if differing:
+        first = differing[0]
+        names = [{i: token for token, i in v.items()}.get(first) for v in (mine, theirs)]
+        message = (
+            f"{len(differing)} ids mean different tokens; the first is id {first}, {names[0]!r} to "
+            f"the student and {names[1]!r} to the teacher. What compares the two is left out below."
+        )
+        fix = "use models that share one tokenizer: distillation compares token by token."
+        return Check((Finding("FAIL", "tokenizers", message, fix), *findings), numbers)
+    split = [t for t in texts if _ids(student.tokenizer, t) != _ids(teacher.tokenizer, t)]
+    numbers |= {"num_texts": len(texts), "num_split_differently": len(split)}
+    same = (
+        f"{len(mine)} and {len(theirs)} tokens"
+        if len(mine) != len(theirs)
+        else f"{len(mine)} tokens"
+    )
+    if split:
+        message = (
+            f"every shared id means the same ({same}), but {len(split)} of {len(texts)} texts are "
+            f"split differently, such as {_shown(split[0])}: the teacher is not used to the "
+            "student's splits."
+        )
+        fix = "use the student's own tokenizer files with the teacher, or another pair."
+        return Check((Finding("WARN", "tokenizers", message, fix), *findings), numbers)
+    message = f"every id means the same to both ({same}), and {len(texts)} texts get the same ids."
+    return Check((Finding("OK", "tokenizers", message), *findings), numbers)
+
+
+def vocabulary(student: LanguageModel, teacher: LanguageModel | None) -> Check:
+    """How many logits both models have, beside the ids of the tokenizer.
+
+    Args:
+        student: The student.
+        teacher: The teacher; None without one, or where its ids mean something else.
+
+    Returns:
+        FAIL where a model has fewer logits than the tokenizer has ids, else OK; in its numbers
+        "shared" is how many ids are compared.
+    """
+    models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    rows = {role: int(head_of(m.model).weight_VD.shape[0]) for role, m in models.items()}
+    num_ids = max(student.tokenizer.get_vocab().values()) + 1
+    shared = min(rows.values())
+    numbers = {f"{role}_logits": size for role, size in rows.items()}
+    numbers |= {"tokenizer_ids": num_ids, "shared": shared}
+    sizes = ", ".join(f"the {role} has logits for {size:,} ids" for role, size in rows.items())
+    message = f"{sizes}; the tokenizer uses {num_ids:,}"
+    if shared < num_ids:
+        small = min(rows, key=lambda role: rows[role])
+        fix = f"resize the embeddings of the {small} to {num_ids} rows, or use another model."
+        return Check((Finding("FAIL", "vocabulary", f"{message}.", fix),), numbers)
+    if len(set(rows.values())) > 1:
+        message += f"; the first {shared:,} are compared, the padding behind them is never drawn"
+    return Check((Finding("OK", "vocabulary", f"{message}."),), numbers)
+
+
+def chat_templates(
+    student: LanguageModel, teacher: LanguageModel, prompt: Prompt, setting: str
+) -> Finding:
+    """Whether the teacher would write a prompt as it is about to read it.
+
+    Args:
+        student: The student, whose tokenizer writes the prompts.
+        teacher: The teacher.
+        prompt: One prompt.
+        setting: `data.chat_template`.
+
+    Returns:
+        WARN where one of the two has a template and the other none, or where their texts differ.
+    """
+    name = "chat template"
+    mine, theirs = _template(student), _template(teacher)
+    if not mine and not theirs:
+        return Finding("OK", name, "neither tokenizer has one; prompts are read as plain text.")
+    if mine and not theirs and setting == "auto":
+        return Finding(
+            "WARN",
+            name,
+            "prompts go through the student's template, and the teacher has none: it may never "
+            "have seen such a text.",
+            'set data.chat_template = "none", or use a teacher that was trained on this template.',
+        )
+    if theirs and (not mine or setting == "none"):
+        why = "the student has none" if not mine else 'data.chat_template is "none"'
+        return Finding(
+            "WARN",
+            name,
+            f"the teacher has a template, but {why}: it reads prompts as plain text, which it was "
+            "not trained on last.",
+            'give the student the teacher\'s template and set data.chat_template = "auto", or '
+            "use the base model as teacher.",
+        )
+    if not theirs:
+        return Finding("OK", name, 'data.chat_template is "none", and the teacher has none.')
+    try:
+        texts = [render(prompt, m.tokenizer, setting) for m in (student, teacher)]
+    except DataError as error:
+        return Finding("WARN", name, f"one of the two templates fails: {error}", "compare the two.")
+    if texts[0] == texts[1]:
+        return Finding("OK", name, "both templates write the first prompt in the same way.")
+    return Finding(
+        "WARN",
+        name,
+        f"the templates differ: prompts are written as {_shown(texts[0])}, where the teacher's own "
+        f"would write {_shown(texts[1])}.",
+        "use models with one chat format, or prompts that are written out with "
+        'data.chat_template = "none".',
+    )
+
+
+def sampling(student: LanguageModel, config: Config) -> Finding:
+    """With which settings rollouts are drawn, and which of the model's own are not used.
+
+    Args:
+        student: The student.
+        config: The configuration.
+
+    Returns:
+        WARN where rollouts do not come from the distribution that is differentiated.
+    """
+    r = config.rollout
+    message = f"rollouts at temperature {r.temperature:g}, top-p {r.top_p:g}, top-k {r.top_k}"
+    own = getattr(student.model, "generation_config", None)
+    fields = ("temperature", "top_p", "top_k", "repetition_penalty")
+    unused = {f: getattr(own, f, None) for f in fields}
+    named = [f"{f} {value:g}" for f, value in unused.items() if value is not None and value != 1]
+    if named:
+        message += f"; the student's generation_config ({', '.join(named)}) is not used in training"
+    if (r.top_p < 1 or r.top_k) and config.objective.lambda_policy:
+        fix = "set rollout.top_p = 1 and rollout.top_k = 0."
+        message += ": the cut distribution is not the one that the objective differentiates"
+        return Finding("WARN", "sampling", f"{message}.", fix)
+    return Finding("OK", "sampling", f"{message}.")
+
+
+def _round_trip(tokenizer: Any, texts: Many[str]) -> Finding:
+    lost = [t for t in texts if tokenizer.decode(_ids(tokenizer, t)).strip() != t.strip()]
+    if not lost:
+        return Finding("OK", "round trip", f"{len(texts)} texts survive encoding and decoding.")
+    return Finding(
+        "WARN",
+        "round trip",
+        f"{len(lost)} of {len(texts)} texts come back changed from encoding and decoding, such as "
+        f"{_shown(lost[0])}: the tokenizer does not know all of their characters.",
+        "use a tokenizer that covers the data, or clean the data.",
+    )
+
+
+def _differing_ids(mine: dict[str, int], theirs: dict[str, int]) -> list[int]:
+    """Ids up to the smaller largest one that stand for two different tokens, in order."""
+    student = {i: token for token, i in mine.items()}
+    teacher = {i: token for token, i in theirs.items()}
+    both = range(min(max(student), max(teacher)) + 1)
+    return [i for i in both if student.get(i) != teacher.get(i)]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _template(model: LanguageModel) -> bool:
+    return bool(model.tokenizer.chat_template)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
