@@ -181,6 +181,7 @@ def test_one_set_of_rollouts_in_every_layout() -> None:
 def test_names_of_the_formats() -> None:
     named = {p.name: open_dump([p]).format_name for p in sorted(DUMPS.iterdir()) if p.is_dir()}
     assert named == {
+        "causes": "stableopd (JSONL)",
         "ms-swift": "ms-swift (JSONL)",
         "nemo-rl": "NeMo-RL (JSONL)",
         "nemo-rl-distillation": "NeMo-RL (JSONL)",
