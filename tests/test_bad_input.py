@@ -137,6 +137,24 @@ def test_a_golden_term_without_solutions(refused, world):
     assert tiny.run_cli("train", world / "config.toml", "--set", "objective.method=opd")[0] == 0
 
 
+@pytest.mark.parametrize("action", ["rollback", "strengthen"])
+def test_an_alarm_that_may_turn_the_golden_term_on_without_solutions(refused, world, action):
+    rows = tiny.sums()
+    del rows[3]["solution"]
+    write_rows(world / "train.jsonl", rows)
+    opd = ("--set", "objective.method=opd", "--set", f"alarm.action={action}")
+    message = refused(world / "config.toml", *opd)
+    assert f"{world / 'train.jsonl'}: prompt train.jsonl:4 has no solution" in message
+    assert f"in the column 'solution', and alarm.action = '{action}' turns the golden" in message
+    assert not (world / "run").exists()
+    renamed = refused(world / "config.toml", *opd, "--set", "data.solution=proof")
+    assert "prompt train.jsonl:1 has no solution in the column 'proof'" in renamed
+    for harmless in ("warn", "stop"):
+        arguments = ("--set", "objective.method=opd", "--set", f"alarm.action={harmless}")
+        output = f"run.output={world / harmless}"
+        assert tiny.run_cli("train", world / "config.toml", *arguments, "--set", output)[0] == 0
+
+
 def test_rewards_without_answers(refused, world):
     rows = [{"prompt": row["prompt"], "solution": row["solution"]} for row in tiny.sums()]
     write_rows(world / "train.jsonl", rows)

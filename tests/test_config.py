@@ -5,7 +5,15 @@ import typing
 import pytest
 
 from stableopd import config_checks
-from stableopd.config import ADVANTAGE_PARAMETERS, PRESETS, Config, load, parse, to_toml
+from stableopd.config import (
+    ADVANTAGE_PARAMETERS,
+    PRESETS,
+    STABILISERS,
+    Config,
+    load,
+    parse,
+    to_toml,
+)
 from stableopd.types import ConfigError
 
 NEEDED = {
@@ -116,7 +124,6 @@ def test_choices(name):
 def test_reserved_names_say_that_this_version_cannot():
     assert "teacher.url is reserved" in refused(teacher={"url": "http://localhost:8000/v1"})
     assert "generates with transformers alone" in refused(rollout={"engine": "vllm"})
-    assert "this version has no alarm" in refused(alarm={"action": "stop"})
 
 
 # method: lambda_policy, lambda_gold, lambda_divergence, beta_reference, advantage
@@ -167,6 +174,11 @@ def test_several_updates_turn_clipping_on():
 
 
 ODD = 'a "quoted"\\path\'s\n\ttab \x00\x1f\x7f\x85\u2028 €😀 ]#='
+
+
+def test_the_alarm_only_speaks_unless_asked():
+    assert make().alarm.action == "warn"
+    assert STABILISERS == {"lambda_gold": 1.0, "beta_reference": 0.01}
 
 
 def test_to_toml_round_trip():
@@ -271,6 +283,12 @@ IMPOSSIBLE = [
     ({"data": {"grader": "math", "answer_marker": "#"}}, "math-verify finds the answer itself"),
     ({"eval": {"temperature": 0}}, "set eval.samples = 1"),
     ({"run": {"output": ""}}, "run.output is empty"),
+    ({O: {"method": "sft"}, "alarm": {"action": "stop"}}, "'sft' writes none"),
+    ({O: {"method": "sft"}, "alarm": {"action": "rollback"}}, "'rollback' answers a collapse"),
+    (
+        {O: {"method": "gkd", "reference_kl": "k1"}, "alarm": {"action": "strengthen"}},
+        "'strengthen' turns the reference term on, but objective.reference_kl = 'k1'",
+    ),
 ]
 
 
@@ -291,6 +309,11 @@ def test_impossible_combinations(sections, words):
         {"eval": {"temperature": 0, "samples": 1}},
         {O: {"reference_kl": "k1"}},
         {O: {"advantage": "floor", "advantage_parameter": 0.99}},
+        {O: {"method": "sft"}, "alarm": {"action": "warn"}},
+        {O: {"method": "grpo"}, "alarm": {"action": "rollback"}},
+        {O: {"method": "gkd"}, "alarm": {"action": "rollback"}},
+        {O: {"method": "gkd", "reference_kl": "k1"}, "alarm": {"action": "stop"}},
+        {O: {"method": "opd", "reference_kl": "k1"}, "alarm": {"action": "rollback"}},
     ],
 )
 def test_combinations_that_are_next_to_impossible_ones(sections):

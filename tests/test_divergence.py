@@ -13,6 +13,7 @@ from stableopd.objective.divergence import (
     k3,
     on_top_k,
     reverse_kl,
+    top_k_agreement,
     top_k_overlap,
 )
 from stableopd.objective.logprobs import log_distribution
@@ -270,6 +271,52 @@ def test_overlap_by_loops_and_as_a_symmetric_share(k):
     torch.testing.assert_close(found, top_k_overlap(two, one, k))
 
 
+def test_agreement_by_hand():
+    student = log_of([0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4], [0.5, 0.3, 0.1, 0.1])
+    teacher = log_of([0.1, 0.5, 0.2, 0.2], [0.1, 0.2, 0.6, 0.1], [0.05, 0.05, 0.3, 0.6])
+    # k = 3, first row: both sets hold the tokens 0, 1, 2 or 1, 2, 3; the overlap is 1 and 2, with
+    # p = (.6, .4) and q = (5, 2) / 7.
+    first = (0.6 * math.log(5 / 7 / 0.6) + 0.4 * math.log(2 / 7 / 0.4)) / 2
+    found = top_k_agreement(student[:1], log_of([0.1, 0.5, 0.2, 0.19]), 3)
+    assert found.tolist()[0] == pytest.approx([2 / 3, first])
+    # k = 2: only token 1 is shared, so p = q = 1; tokens 2 and 3 against 1 and 2; none shared.
+    found = top_k_agreement(student, teacher, 2)
+    assert found[0].tolist() == pytest.approx([0.5, 0.0])
+    assert found[1].tolist() == pytest.approx([0.5, 0.0])
+    assert found[2].tolist() == [0.0, 0.0]
+    # k = 4 and more: all tokens, so the advantage is -KL(student || teacher) / 4.
+    for k in (4, 9):
+        whole = top_k_agreement(student, teacher, k)
+        torch.testing.assert_close(whole[:, 1], -reverse_kl(student, teacher) / 4)
+        assert whole[:, 0].tolist() == [1.0, 1.0, 1.0]
+    assert top_k_agreement(student.requires_grad_(), teacher, 2).requires_grad is False
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_agreement_by_loops(k):
+    one, two = (torch.log_softmax(logits(20, 9, seed), -1) for seed in (1, 2))
+    found = top_k_agreement(one, two, k)
+    assert found.shape == (20, 2)
+    torch.testing.assert_close(found[:, 0], top_k_overlap(one, two, k))
+    for (_, value), a, b in zip(found.tolist(), one.tolist(), two.tolist(), strict=True):
+        tops = [set(sorted(range(9), key=x.__getitem__)[-k:]) for x in (a, b)]
+        both = sorted(tops[0] & tops[1])
+        p, q = ([math.exp(x[v]) for v in both] for x in (a, b))
+        kl = kl_by_loop([x / sum(p) for x in p], [x / sum(q) for x in q])
+        assert value == pytest.approx(-kl / max(1, len(both)))
+        assert value <= 1e-12
+
+
+def test_agreement_with_ids_that_were_merged_into_the_stop_event():
+    one, two = (
+        log_distribution(logits(6, 5, seed), event_ids=torch.tensor([1, 3])) for seed in (1, 2)
+    )
+    found = top_k_agreement(one, two, 5)
+    assert found.isfinite().all()
+    kept = [0, 1, 2, 4]
+    torch.testing.assert_close(found[:, 1] * 5, -reverse_kl(one[:, kept], two[:, kept]))
+
+
 @pytest.mark.parametrize("divergence", EXACT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_distributions_stay_finite(divergence, dtype):
@@ -288,3 +335,4 @@ def test_no_positions(divergence):
     assert divergence(nothing, nothing).shape == (0,)
     assert on_top_k(divergence, nothing, nothing, 2).shape == (0,)
     assert top_k_overlap(nothing, nothing, 2).shape == (0,)
+    assert top_k_agreement(nothing, nothing, 2).shape == (0, 2)

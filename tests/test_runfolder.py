@@ -86,6 +86,35 @@ def test_torn_last_line_is_ignored_and_replaced_by_the_next(folder):
     assert folder.metrics() == [{"step": 1}, {"step": 2}]
 
 
+def test_events_are_lines_of_their_own_and_as_safe(folder):
+    assert folder.events() == []
+    folder.append_metrics({"step": 1})
+    folder.append_event({"step": 1, "level": "warn", "x": math.nan})
+    assert folder.events() == [{"step": 1, "level": "warn", "x": None}]
+    with (folder.path / "events.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, "lev')
+    assert len(folder.events()) == 1
+    folder.append_event({"step": 3})
+    assert [event["step"] for event in folder.events()] == [1, 3]
+    assert folder.metrics() == [{"step": 1}]
+    (folder.path / "events.jsonl").write_bytes(b'{"step": 1}\n{"st\n')
+    with pytest.raises(RunFolderError, match=r"events\.jsonl, line 2: not a JSON object"):
+        folder.events()
+
+
+def test_rewind_drops_later_events(folder):
+    for step in (2, 5, 7):
+        folder.append_metrics({"step": step})
+        folder.append_event({"step": step, "level": "warn"})
+    with (folder.path / "events.jsonl").open("ab") as file:
+        file.write(b'{"step"')
+    folder.rewind(5)
+    assert [event["step"] for event in folder.events()] == [2, 5]
+    assert (folder.path / "events.jsonl").read_bytes().endswith(b"}\n")
+    folder.rewind(-1)
+    assert folder.events() == []
+
+
 def test_a_file_of_one_torn_line(folder):
     (folder.path / "metrics.jsonl").write_bytes(b'{"st')
     assert folder.metrics() == []
@@ -201,6 +230,17 @@ def test_prune_removes_the_oldest(folder, keep, left):
     folder.prune_checkpoints(keep)
     assert folder.checkpoints() == left
     assert len(os.listdir(folder.path / "checkpoints")) == len(left)
+
+
+@pytest.mark.parametrize(
+    ("keep", "spared", "left"),
+    [(1, {2}, [2, 5]), (2, {1, 9}, [1, 4, 5]), (2, {4, 5}, [4, 5]), (0, {1}, [1, 2, 3, 4, 5])],
+)
+def test_prune_spares_some(folder, keep, spared, left):
+    for step in range(1, 6):
+        fill(folder, step)
+    folder.prune_checkpoints(keep, spared)
+    assert folder.checkpoints() == left
 
 
 def test_checkpoints_ignores_other_names(folder):

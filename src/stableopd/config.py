@@ -32,7 +32,7 @@ class RunConfig:
     steps: int = 200  # paper: collapse shows within 100 to 200 steps
     save_every: int = 50  # design
     rollouts_every: int = 1  # design: every step's rollouts are kept
-    keep_checkpoints: int = 2  # design: the last two survive; 0 keeps all
+    keep_checkpoints: int = 2  # design: the last two, and what a rollback may need; 0: all
     device: str = "auto"  # "auto", "cpu", "cuda", "mps"
     trackers: tuple[str, ...] = ()
 
@@ -142,7 +142,11 @@ class RepetitionConfig:
 
 @dataclass(frozen=True)
 class AlarmConfig:
-    action: str = "none"
+    # "none" asks no alarm, "warn" speaks, "stop" ends the run; "rollback" and "strengthen" raise
+    # lambda_gold and beta_reference, the former after it has put the last healthy student back.
+    action: str = "warn"  # design: it only speaks, so it changes no run
+    max_actions: int = 3  # untuned: how often rollback or strengthen may act; then the run stops
+    factor: float = 3.0  # untuned: multiplies a weight that is on; one that is off gets STABILISERS
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta_reference": 0.0, "advantage": "log_ratio",
     },
 }  # fmt: skip
+
+# What the alarm turns on where it is off.
+STABILISERS: dict[str, float] = {
+    name: PRESETS["stable_opd"][name] for name in ("lambda_gold", "beta_reference")
+}
 
 # Parameter of each bounded advantage where the user gives none (untuned, in nats or a probability).
 ADVANTAGE_PARAMETERS: dict[str, float | None] = {

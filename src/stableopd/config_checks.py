@@ -10,7 +10,7 @@ from stableopd.types import ConfigError
 if TYPE_CHECKING:
     from stableopd.config import Config
 
-__all__ = ["check"]
+__all__ = ["RAISING", "check"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": ("auto", "cpu", "cuda", "mps"),
@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.aggregation": ("sequence", "token", "constant"),
     "objective.divergence": ("reverse_kl", "forward_kl", "jensen_shannon"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
-    "alarm.action": ("none",),
+    "alarm.action": ("none", "warn", "stop", "rollback", "strengthen"),
 }
 
 # Fields whose values must lie in a range: (lowest, highest, is the lowest itself allowed).
@@ -85,12 +85,16 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "repetition.ratio": (1, 1e9, True),
     "repetition.ngram": (1, 10**6, True),
     "repetition.min_run": (0, 10**9, True),
+    "alarm.max_actions": (1, 10**6, True),
+    "alarm.factor": (1, 1e6, False),
 }
+
+# Actions of the alarm that raise the weights of the golden and the reference term.
+RAISING = ("rollback", "strengthen")
 
 # Names that the format keeps for what this version does not do yet.
 RESERVED: dict[str, str] = {
     "rollout.engine": "this version generates with transformers alone",
-    "alarm.action": "this version has no alarm; read rollout/truncation_rate in metrics.jsonl",
 }
 
 
@@ -108,7 +112,12 @@ def check(config: Config, source: str) -> None:
         values = getattr(config, section.name)
         for f in dataclasses.fields(values):
             _check_field(source, f"{section.name}.{f.name}", getattr(values, f.name))
-    for wrong, reason in (*_term_rules(config), *_policy_rules(config), *_run_rules(config)):
+    for wrong, reason in (
+        *_term_rules(config),
+        *_policy_rules(config),
+        *_run_rules(config),
+        *_alarm_rules(config),
+    ):
         if wrong:
             raise ConfigError(f"{source}: {reason}")
 
@@ -239,5 +248,23 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
             e.temperature == 0 and e.samples > 1,
             "eval.temperature = 0 is greedy, so eval.samples above 1 would repeat one answer; "
             "set eval.samples = 1.",
+        ),
+    ]
+
+
+def _alarm_rules(config: Config) -> list[tuple[bool, str]]:
+    o, action = config.objective, config.alarm.action
+    writes = bool(o.lambda_policy) or bool(o.lambda_divergence) or bool(o.beta_reference)
+    return [
+        (
+            action not in ("none", "warn") and not writes,
+            f"alarm.action = {action!r} answers a collapse of the rollouts, and objective.method = "
+            f"{o.method!r} writes none; leave alarm.action out.",
+        ),
+        (
+            action in RAISING and not o.lambda_policy and o.reference_kl == "k1",
+            f"alarm.action = {action!r} turns the reference term on, but objective.reference_kl = "
+            "'k1' is a reward of the policy term, whose weight objective.lambda_policy is 0; "
+            "choose 'exact', 'k2' or 'k3'.",
         ),
     ]

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["LiveView", "table"]
+__all__ = ["LiveView", "alarm_message", "stop_message", "table"]
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 SIDE_BY_SIDE = 44  # columns that a panel needs
@@ -45,6 +45,57 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str) 
     for row in rows:
         made.add_row(*(Text(_cell(value)) for value in row))
     return made
+
+
+def alarm_message(event: Mapping[str, Any]) -> str:
+    """What to tell of an event of the alarm.
+
+    Args:
+        event: A line of `events.jsonl`.
+
+    Returns:
+        A sentence or two.
+    """
+    step, action, restored = event["step"], event["action"], event["restored_step"]
+    if action == "none":
+        return f"Step {step}: the alarm sees nothing suspicious any more."
+    said = f"Step {step}: {event['level'].upper()}: {event['reason']}."
+    weights = (
+        f"objective.lambda_gold is now {event['lambda_gold']:g} and objective.beta_reference "
+        f"{event['beta_reference']:g}."
+    )
+    if action == "rollback":
+        student = f"student of step {restored}" if restored else "initial student"
+        return f"{said} The {student} is put back; {weights}"
+    if action == "strengthen":
+        return f"{said} The run goes on; {weights}"
+    if action == "stop":
+        return f"{said} The run is saved and stops."
+    is_collapse = event["level"] == "collapse"
+    return f"{said} The run goes on, as alarm.action only warns." if is_collapse else said
+
+
+def stop_message(event: Mapping[str, Any], num_steps: int, action: str) -> str:
+    """What to tell at the end of a run that the alarm stopped.
+
+    Args:
+        event: The line of `events.jsonl` with the action "stop".
+        num_steps: The last step of the run.
+        action: `alarm.action` of the run.
+
+    Returns:
+        Why it stopped and how to go on.
+    """
+    said = f"The alarm stopped the run after step {event['step']} of {num_steps}."
+    if event["step"] >= num_steps:
+        return said
+    said += " Go on all the same with the same command and --resume"
+    if action == "stop":
+        said += (
+            "; with --set alarm.action=rollback added, the last healthy student is put back and "
+            "the stabilisers are turned on"
+        )
+    return f"{said}."
 
 
 class LiveView:

@@ -21,6 +21,7 @@ __all__ = [
     "k3",
     "on_top_k",
     "reverse_kl",
+    "top_k_agreement",
     "top_k_overlap",
 ]
 
@@ -149,6 +150,42 @@ def k3(logp_N: Tensor, other_N: Tensor) -> Tensor:
     return torch.expm1(log_q_N) - log_q_N
 
 
+def top_k_agreement(logp_NV: Tensor, other_NV: Tensor, k: int) -> Tensor:
+    """How far two models agree on their k likeliest tokens: overlap, and advantage within it.
+
+    With O the tokens in both sets and p, q the student and the teacher renormalised over O:
+    overlap = |O| / k, and advantage = 1 / |O| sum_{v in O} p(v) (log q(v) - log p(v)), which is
+    -KL(p || q) / |O|. It is 0 where the student spreads its mass over O as the teacher does, and
+    where O is empty.
+
+    Args:
+        logp_NV: Log-probs of the student, (N, V).
+        other_NV: Log-probs of the teacher, (N, V).
+        k: Size of both sets; cut to V where it is larger.
+
+    Returns:
+        For each position the overlap, a share between 0 and 1, and the advantage in nats, never
+        positive up to rounding, (N, 2); no gradient. Both in one, as finding the sets is the work.
+
+    Source:
+        Equations 6 and 7 of arXiv 2604.13016, which takes k = 16.
+    """
+    k = min(k, logp_NV.shape[-1])
+    with torch.no_grad():
+        is_top_NV = torch.zeros_like(logp_NV, dtype=torch.bool)
+        is_top_NV.scatter_(-1, logp_NV.topk(k, dim=-1).indices, True)
+        other_NK, support_NK = other_NV.topk(k, dim=-1)
+        in_both_NK = is_top_NV.gather(-1, support_NK)
+        p_NK, q_NK = (
+            x_NK.masked_fill(~in_both_NK, -math.inf).log_softmax(-1)
+            for x_NK in (logp_NV.gather(-1, support_NK), other_NK)
+        )
+        value_NK = torch.where(in_both_NK, p_NK.exp() * (q_NK - p_NK), 0.0)
+        num_N = in_both_NK.sum(-1)
+        overlap_N = in_both_NK.to(logp_NV.dtype).mean(-1)
+        return torch.stack((overlap_N, value_NK.sum(-1) / num_N.clamp(min=1)), -1)
+
+
 def top_k_overlap(logp_NV: Tensor, other_NV: Tensor, k: int) -> Tensor:
     """Share of the teacher's k likeliest tokens that are among the student's k likeliest.
 
@@ -163,8 +200,4 @@ def top_k_overlap(logp_NV: Tensor, other_NV: Tensor, k: int) -> Tensor:
     Source:
         Overlap of the top-k sets, arXiv 2604.13016.
     """
-    k = min(k, logp_NV.shape[-1])
-    with torch.no_grad():
-        is_top_NV = torch.zeros_like(logp_NV, dtype=torch.bool)
-        is_top_NV.scatter_(-1, logp_NV.topk(k, dim=-1).indices, True)
-        return is_top_NV.gather(-1, other_NV.topk(k, dim=-1).indices).to(logp_NV.dtype).mean(-1)
+    return top_k_agreement(logp_NV, other_NV, k)[:, 0]

@@ -95,7 +95,8 @@ class Against:
     Attributes:
         hidden_ND: Hidden states of the other model, (N, D'); no gradient is sent there.
         head: Its output head.
-        compares: Each takes (logp_NV of the scored model, logp_NV of the other) and gives (N,).
+        compares: Each takes (logp_NV of the scored model, logp_NV of the other) and gives (N,),
+            or (N, M) for M numbers that are found together.
         temperature: Temperature of the other model's distribution.
     """
 

@@ -1,5 +1,7 @@
 """The loop: students write, teachers score, golden solutions join, the student is updated.
 
+After each step the alarm is asked; what it may do is in `guard.py`, and it is done here.
+
 It never asks for a method's name. What is left out, and why: no reward models, no replay of old
 rollouts, no asynchronous sampling; each would make a rollout older than the student that it
 trains, which is what on-policy distillation avoids.
@@ -7,19 +9,23 @@ trains, which is what on-policy distillation avoids.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from stableopd.config import ObjectiveConfig
 from stableopd.data.grading import grade
 from stableopd.data.prompts import prompts_of_step
 from stableopd.evaluation import evaluate
 from stableopd.objective.advantage import group_reward
-from stableopd.training.checkpoint import save
+from stableopd.training.checkpoint import restore, restore_initial, save
+from stableopd.training.data import Problems
+from stableopd.training.guard import Event, ask
 from stableopd.training.metrics import evaluation_metrics, rollout_rows, step_metrics
-from stableopd.training.setup import Problems, Run, begin, eval_settings
+from stableopd.training.setup import Run, begin, eval_settings, prune
 from stableopd.training.step import step as make_step
 from stableopd.training.terms import Work
 from stableopd.types import Rollout, SamplingSettings, TrainingError
@@ -45,33 +51,50 @@ def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]
             the batch is written to failed/.
         RunFolderError: The run folder can no longer be written.
     """
-    config, folder = run.config, run.folder
+    config, folder, guard = run.config, run.folder, run.guard
     begin(run)
     if run.start_step == 0 and run.held_out is not None:
         line = {"step": 0, **_evaluation(run, run.held_out)}
+        guard, _, _ = ask(guard, line, config, [])
         folder.append_metrics(line)
         yield line
     for step in range(run.start_step + 1, config.run.steps + 1):
-        line, rows = _step(run, step)
+        line, rows = _step(run, guard.objective, step)
         is_last = step == config.run.steps
         if run.held_out is not None and (step % config.eval.every == 0 or is_last):
             line |= _evaluation(run, run.held_out)
+        guard, event, marks = ask(guard, line, config, folder.checkpoints())
+        line |= marks
         if rows and (step % config.run.rollouts_every == 0 or is_last):
             folder.write_rollouts(step, rows)
         folder.append_metrics(line)
         run.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
-        is_interrupted = should_stop()
-        if step % config.run.save_every == 0 or is_last or is_interrupted:
+        if event is not None:
+            folder.append_event(dataclasses.asdict(event))
+            _put_back(run, event)
+        ends = should_stop() or (event is not None and event.action == "stop")
+        if step % config.run.save_every == 0 or is_last or ends:
             save(folder, step, run.student, run.optimizer, run.scheduler)
-            folder.prune_checkpoints(config.run.keep_checkpoints)
+            prune(run, guard)
         yield line
-        if is_interrupted:
+        if ends:
             break
     run.accelerator.end_training()
 
 
-def _step(run: Run, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One step: the line of metrics, and a line for each rollout."""
+def _put_back(run: Run, event: Event) -> None:
+    """Make the student, in place, the one that a rollback chose; other events change nothing."""
+    trained = run.student, run.optimizer, run.scheduler
+    if event.restored_step:
+        restore(*trained, run.folder.checkpoint_path(event.restored_step))
+    elif event.restored_step == 0:
+        restore_initial(*trained, run.initial)
+
+
+def _step(
+    run: Run, objective: ObjectiveConfig, step: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One step with the weights in force: the line of metrics, and a line for each rollout."""
     config, train = run.config, run.train
     start = time.perf_counter()
     places = prompts_of_step(
@@ -81,9 +104,10 @@ def _step(run: Run, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     correct = _grade(run, places, rollouts)
     rollout_s = time.perf_counter() - start
     golden = [s for s in (train.golden[i] for i in places) if s is not None]
+    golden = golden if objective.lambda_gold else []
     by_id = {train.prompts[i].id: train.prompts[i] for i in places}
     work = Work(
-        config.objective,
+        objective,
         rollouts,
         golden,
         _group_rewards(run, correct),
@@ -111,6 +135,8 @@ def _step(run: Run, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     num_tokens += sum(len(s.completion_ids) for s in golden)
     line: dict[str, Any] = {"step": step, **metrics, "learning_rate": learning_rate}
     line |= {
+        "objective/lambda_gold": objective.lambda_gold,
+        "objective/beta_reference": objective.beta_reference,
         "time/rollout_s": rollout_s,
         "time/score_s": result.score_s,
         "time/update_s": result.update_s,

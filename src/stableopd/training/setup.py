@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import sys
-import tomllib
-from collections.abc import Sequence as Many
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,36 +13,26 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from torch import Tensor
 
 from stableopd import config as configuration
 from stableopd import embedded, models
-from stableopd.config import Config
-from stableopd.data.golden import golden_sequences, num_too_long
-from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.config import Config, ObjectiveConfig
+from stableopd.config_checks import RAISING
 from stableopd.models import LanguageModel
 from stableopd.rollout.sampler import TransformersSampler
 from stableopd.rollout.stops import StopPlan, plan_stops, stop_ids_of
 from stableopd.runfolder import RunFolder
 from stableopd.teacher.local import FrozenModel
 from stableopd.training.checkpoint import load_adapter, load_trainer
+from stableopd.training.data import Problems, load_held_out, load_train
 from stableopd.training.devices import dtype_of, make_accelerator
+from stableopd.training.guard import Guard, spared
+from stableopd.training.resume import find_past, flat
 from stableopd.training.terms import Players
-from stableopd.types import ConfigError, Prompt, SamplingSettings, Sequence
+from stableopd.types import ConfigError, SamplingSettings
 
-__all__ = ["Problems", "Run", "begin", "eval_settings", "prepare"]
-
-
-@dataclass(frozen=True)
-class Problems:
-    """Prompts with their token ids, and the golden solution of each where there is one."""
-
-    prompts: Many[Prompt]
-    prompt_ids: Many[tuple[int, ...]]
-    golden: Many[Sequence | None]
-
-    def named_ids(self, places: Many[int]) -> list[tuple[str, tuple[int, ...]]]:
-        """What the sampler takes, for the prompts at some places."""
-        return [(self.prompts[i].id, self.prompt_ids[i]) for i in places]
+__all__ = ["Run", "begin", "eval_settings", "prepare", "prune"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +53,9 @@ class Run:
         scheduler: The learning rate over the steps.
         train: The problems to train on.
         held_out: The problems of the evaluation; None without one.
+        initial: The trained parameters as they were at the start, by name; empty where no
+            rollback can need them.
+        guard: What the alarm has seen and done in the steps that are already made.
         is_resumed: Whether the folder holds this run already.
         start_step: Steps that are already made.
         notes: Sentences for the user about what was found on the way.
@@ -83,6 +74,8 @@ class Run:
     scheduler: Any
     train: Problems
     held_out: Problems | None
+    initial: Mapping[str, Tensor]
+    guard: Guard
     is_resumed: bool
     start_step: int
     notes: tuple[str, ...]
@@ -103,21 +96,24 @@ def prepare(config: Config, resume: bool = False) -> Run:
     Raises:
         StableOPDError: Something does not fit; the message says what and where.
     """
-    output = Path(config.run.output)
-    folder, checkpoint = _find_folder(config, output, resume)
+    past = find_past(config, resume)
     accelerator = make_accelerator(
-        config.run.device, config.student.dtype, config.run.trackers, output
+        config.run.device, config.student.dtype, config.run.trackers, Path(config.run.output)
     )
     torch.manual_seed(config.run.seed)  # a new adapter is drawn from it
     transformers.logging.set_verbosity_error()
-    student, teacher, reference = _load_models(config, accelerator.device, checkpoint)
+    objective, may_raise = past.guard.objective, config.alarm.action in RAISING
+    needs_reference = bool(objective.beta_reference) or may_raise
+    loaded = _load_models(config, accelerator.device, past.checkpoint, needs_reference)
+    student, teacher = loaded.student, loaded.teacher
     num_tokens, stops = _agree(config, student, teacher)
-    players = _players(config, accelerator, student, teacher, reference, stops, num_tokens)
-    train, held_out, notes = _load_data(config, student, teacher, stops)
+    players = _players(config, accelerator, loaded, stops, num_tokens)
+    needs_golden = bool(objective.lambda_gold) or may_raise
+    train, notes = load_train(config, student, teacher, stops, needs_golden)
     optimizer, scheduler = _optimizer(config, student)
     start_step = 0
-    if checkpoint is not None:
-        start_step = load_trainer(checkpoint, optimizer, scheduler)
+    if past.checkpoint is not None:
+        start_step = load_trainer(past.checkpoint, optimizer, scheduler)
 
     def sampler(batch_size: int) -> TransformersSampler:
         return TransformersSampler(
@@ -126,7 +122,7 @@ def prepare(config: Config, resume: bool = False) -> Run:
 
     return Run(
         config=config,
-        folder=folder,
+        folder=past.folder,
         accelerator=accelerator,
         student=student,
         teacher_tokenizer=None if teacher is None else teacher.tokenizer,
@@ -137,10 +133,12 @@ def prepare(config: Config, resume: bool = False) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         train=train,
-        held_out=held_out,
+        held_out=load_held_out(config, student, teacher),
+        initial=loaded.initial,
+        guard=past.guard,
         is_resumed=resume,
         start_step=start_step,
-        notes=tuple(notes),
+        notes=(*notes, *_alarm_notes(config, objective)),
     )
 
 
@@ -157,26 +155,54 @@ def begin(run: Run) -> None:
     if run.is_resumed:
         # Without a checkpoint even step 0's evaluation is made again.
         run.folder.rewind(run.start_step or -1)
+        # A kill may have come between the write of the checkpoint and this.
+        prune(run, run.guard)
         run.folder.write_text("config.toml", text)
     else:
-        RunFolder.create(run.folder.path, text, _environment(run.config))
+        RunFolder.create(run.folder.path, text, _environment(run))
     if run.config.run.trackers:
         # Trackers take no lists.
-        flat = {k: str(v) if isinstance(v, list) else v for k, v in _flat(run.config).items()}
-        run.accelerator.init_trackers("stableopd", config=flat)
+        fields = {k: str(v) if isinstance(v, list) else v for k, v in flat(run.config).items()}
+        run.accelerator.init_trackers("stableopd", config=fields)
+
+
+def prune(run: Run, guard: Guard) -> None:
+    """Remove the checkpoints that nobody needs any more.
+
+    Args:
+        run: The run.
+        guard: The alarm after the last step.
+
+    Raises:
+        RunFolderError: One cannot be removed.
+    """
+    kept = spared(guard, run.folder.checkpoints(), run.config)
+    run.folder.prune_checkpoints(run.config.run.keep_checkpoints, kept)
 
 
 def _source(model: str, role: str) -> str:
     return str(embedded.path(role)) if model == "embedded" else model
 
 
+@dataclass(frozen=True)
+class _Models:
+    """The models; `initial` are the student's trained parameters before any step."""
+
+    student: LanguageModel
+    teacher: LanguageModel | None
+    reference: LanguageModel | None
+    initial: Mapping[str, Tensor]
+
+
 def _load_models(
-    config: Config, device: torch.device, checkpoint: Path | None
-) -> tuple[LanguageModel, LanguageModel | None, LanguageModel | None]:
-    """Student, teacher and reference; the last two None where no term needs them."""
+    config: Config, device: torch.device, checkpoint: Path | None, needs_reference: bool
+) -> _Models:
+    """Student, and teacher and reference where a term needs them or may come to need them."""
     o, s, t = config.objective, config.student, config.teacher
     source = _source(s.model, "student")
     dtype = dtype_of(s.dtype, "student", device)
+    keeps_initial = config.alarm.action == "rollback"
+    initial: dict[str, Tensor] = {}
 
     def load_student(path: str, gguf_file: str) -> LanguageModel:
         return models.load(path, role="student", dtype=dtype, device=device, gguf_file=gguf_file)
@@ -184,6 +210,9 @@ def _load_models(
     if s.lora_rank:
         student = load_student(source, s.gguf_file)
         student = models.add_lora(student, s.lora_rank, s.lora_alpha, s.lora_targets)
+        adapter = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
+        if keeps_initial:
+            initial = {name: p.detach().clone() for name, p in adapter.items()}
         if checkpoint is not None:
             load_adapter(student, checkpoint)
     elif checkpoint is not None:
@@ -202,10 +231,12 @@ def _load_models(
             gguf_file=t.gguf_file,
         )
         models.require_same_tokenizer(student, teacher)
-    if o.beta_reference:
+    if needs_reference:
         # With an adapter the student's own base is the reference, and no second copy is held.
         reference = student if s.lora_rank else load_student(source, s.gguf_file)
-    return student, teacher, reference
+        if keeps_initial and not s.lora_rank:
+            initial = dict(reference.model.named_parameters())
+    return _Models(student, teacher, reference, initial)
 
 
 def _checkpoint_gradients(model: Any) -> None:
@@ -215,16 +246,6 @@ def _checkpoint_gradients(model: Any) -> None:
     for module in model.modules():
         # In training mode are the checkpointing layers alone: dropout stays off, as in sampling.
         module.training = bool(getattr(module, "gradient_checkpointing", False))
-
-
-def _find_folder(config: Config, output: Path, resume: bool) -> tuple[RunFolder, Path | None]:
-    """The run folder, and the checkpoint to go on from; nothing is written yet."""
-    if not resume:
-        return RunFolder.claim(output), None
-    folder = RunFolder.open(output)
-    _require_same_config(config, folder)
-    checkpoints = folder.checkpoints()
-    return folder, folder.checkpoint_path(checkpoints[-1]) if checkpoints else None
 
 
 def _agree(
@@ -250,12 +271,11 @@ def _agree(
 def _players(
     config: Config,
     accelerator: Accelerator,
-    student: LanguageModel,
-    teacher: LanguageModel | None,
-    reference: LanguageModel | None,
+    loaded: _Models,
     stops: StopPlan,
     num_tokens: int,
 ) -> Players:
+    student = loaded.student
     autocast: Any = accelerator.autocast
 
     def frozen(model: LanguageModel | None, temperature: float) -> FrozenModel | None:
@@ -267,8 +287,8 @@ def _players(
     return Players(
         student=student.model,
         num_tokens=num_tokens,
-        teacher=frozen(teacher, config.teacher.temperature),
-        reference=frozen(reference, config.rollout.temperature),
+        teacher=frozen(loaded.teacher, config.teacher.temperature),
+        reference=frozen(loaded.reference, config.rollout.temperature),
         stop_ids=torch.tensor(stops.event_ids or stops.decode_ids, device=accelerator.device),
         stop_is_event=bool(stops.event_ids),
         temperature=config.rollout.temperature,
@@ -277,52 +297,23 @@ def _players(
     )
 
 
-def _load_data(
-    config: Config, student: LanguageModel, teacher: LanguageModel | None, stops: StopPlan
-) -> tuple[Problems, Problems | None, list[str]]:
-    o, r, data = config.objective, config.rollout, config.data
-    contexts = [m.context for m in (student, teacher) if m is not None and m.context]
+def _alarm_notes(config: Config, objective: ObjectiveConfig) -> list[str]:
+    """What the alarm's action costs, and what it cannot do."""
+    action, every, steps = config.alarm.action, config.run.save_every, config.run.steps
     notes: list[str] = []
-
-    def encoded(prompts: Many[Prompt], max_new_tokens: int) -> list[tuple[int, ...]]:
-        return encode_prompts(
-            prompts,
-            student.tokenizer,
-            data.chat_template,
-            r.max_prompt_tokens,
-            min(contexts, default=None),
-            max_new_tokens,
+    if action in RAISING and not objective.beta_reference and not config.student.lora_rank:
+        notes.append(
+            f"alarm.action = {action!r} may turn the golden and the reference term on: golden "
+            "solutions and a frozen copy of the initial student are held from the start; the copy "
+            "takes as much memory as the student's weights."
         )
-
-    prompts = load_prompts(
-        data.train,
-        data,
-        split="train",
-        needs_solution=bool(o.lambda_gold),
-        needs_answer=o.advantage == "group_reward",
-    )
-    ids = encoded(prompts, r.max_new_tokens)
-    golden: list[Sequence | None] = [None] * len(prompts)
-    if o.lambda_gold:
-        golden = golden_sequences(prompts, ids, student.tokenizer, stops.label_id, r.max_new_tokens)
-        if left_out := num_too_long(prompts, golden):
-            notes.append(
-                f"{left_out} of {len(prompts)} golden solutions are longer than "
-                f"rollout.max_new_tokens = {r.max_new_tokens} and are left out of the golden term."
-            )
-    train = Problems(prompts, ids, golden)
-    if not config.eval.data:
-        return train, None, notes
-    held_out = load_prompts(
-        config.eval.data,
-        data,
-        split="test",
-        needs_solution=False,
-        needs_answer=True,
-        max_rows=config.eval.max_problems,
-    )
-    ids = encoded(held_out, config.eval.max_new_tokens or r.max_new_tokens)
-    return train, Problems(held_out, ids, [None] * len(held_out)), notes
+    if action == "rollback" and every >= steps:
+        notes.append(
+            f"alarm.action = 'rollback' can put back the initial student alone, as "
+            f"run.save_every = {every} makes no checkpoint before the last of {steps} steps; "
+            "lower run.save_every."
+        )
+    return notes
 
 
 def _optimizer(config: Config, student: LanguageModel) -> tuple[torch.optim.Optimizer, Any]:
@@ -355,34 +346,8 @@ def eval_settings(config: Config) -> SamplingSettings:
     )
 
 
-def _require_same_config(config: Config, folder: RunFolder) -> None:
-    """Refuse to go on with other settings; the number of steps alone may grow."""
-    before = configuration.parse(
-        tomllib.loads(folder.config_text()), source=str(folder.path / "config.toml")
-    )
-    old, new = _flat(before), _flat(config)
-    for name in sorted(old | new):
-        mine, theirs = new.get(name), old.get(name)
-        # The folder may have been moved, and steps may be added.
-        if name == "run.output" or (name == "run.steps" and new[name] >= old[name]):
-            continue
-        if mine != theirs:
-            raise ConfigError(
-                f"--resume: {name} is {mine!r}, but the run in {folder.path} has {theirs!r}; use "
-                "its settings, or another run.output for a new run."
-            )
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    return {
-        f"{section}.{name}": list(value) if isinstance(value, tuple) else value
-        for section, values in dataclasses.asdict(config).items()
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-def _environment(config: Config) -> dict[str, Any]:
+def _environment(run: Run) -> dict[str, Any]:
+    stops = run.stops
     packages = ("stableopd", "torch", "transformers", "accelerate", "datasets", "math-verify")
     return {
         "packages": {name: version(name) for name in packages},
@@ -392,5 +357,11 @@ def _environment(config: Config) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "command": sys.argv,
-        "seed": config.run.seed,
+        "seed": run.config.run.seed,
+        "stops": {
+            "mode": stops.mode,
+            "student_ids": stops.student_ids,
+            "teacher_ids": stops.teacher_ids,
+            "event_ids": stops.event_ids,
+        },
     }

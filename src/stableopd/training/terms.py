@@ -22,7 +22,7 @@ from stableopd.types import Batch, Rollout, Scores, Sequence, StopReason, Traini
 
 __all__ = ["Players", "Tally", "Work", "golden_term", "rollout_terms", "score"]
 
-# Size of the top-k sets whose overlap is logged (2604.13016 uses 16).
+# Size of the top-k sets whose agreement is logged (2604.13016 uses 16).
 OVERLAP_K = 16
 
 DIVERGENCES = {
@@ -40,7 +40,8 @@ class Players:
         student: The model that is trained.
         num_tokens: Size of the vocabulary that all of them share.
         teacher: Scores the student's tokens; None for methods without one.
-        reference: The student as it was at the start; None where no term needs it.
+        reference: The student as it was at the start; None where no term can need it. It is not
+            scored while objective.beta_reference is 0.
         stop_ids: Ids that end a completion, (E,).
         stop_is_event: Whether stopping is scored as one event.
         temperature: Temperature of the student's distribution.
@@ -183,20 +184,20 @@ def rollout_terms(
         TrainingError: The teacher gave a log-prob that is not finite.
     """
     objective, count = work.objective, len(work.rollouts)
+    constraint = players.reference if objective.beta_reference else None
     start = time.perf_counter()
     against: list[Against] = []
     if players.teacher is not None:
         against.append(players.teacher.against(batch, *_teacher_compares(objective)))
-    if players.reference is not None:
-        is_exact = objective.reference_kl == "exact"
-        compares = (divergence.reverse_kl,) if is_exact else ()
-        against.append(players.reference.against(batch, *compares))
+    if constraint is not None:
+        compares = (divergence.reverse_kl,) if objective.reference_kl == "exact" else ()
+        against.append(constraint.against(batch, *compares))
     tally.score_s += time.perf_counter() - start
     with players.autocast():
         scores = score(players, token_hidden_states(players.student, batch), batch, against)
     others = iter(scores.others)
     teacher = next(others) if players.teacher is not None else None
-    reference = next(others) if players.reference is not None else None
+    reference = next(others) if constraint is not None else None
     old_N = scores.logp_N.detach()
     if old_logps is not None:
         old_N = old_N.new_tensor([x for s in batch.sequences for x in old_logps[s.index]])
@@ -243,9 +244,9 @@ def golden_term(players: Players, work: Work, batch: Batch) -> Tensor:
 
 
 def _teacher_compares(objective: ObjectiveConfig) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """Overlap of the top-k sets; the baseline's KL if asked for; last, gkd's divergence."""
+    """Agreement of the top-k sets; the baseline's KL if asked for; last, gkd's divergence."""
     compares: list[Callable[[Tensor, Tensor], Tensor]] = [
-        functools.partial(divergence.top_k_overlap, k=OVERLAP_K)
+        functools.partial(divergence.top_k_agreement, k=OVERLAP_K)
     ]
     if objective.baseline == "kl":
         compares.append(_detached_reverse_kl)
@@ -306,4 +307,6 @@ def _record(
             )
         tally.add_tokens("teacher", batch, teacher.logp_N, num_rollouts)
         tally.add_sum("entropy/teacher", teacher.entropy_N)
-        tally.add_sum("overlap/ratio", teacher.comparisons[0])
+        tally.add_sum("entropy/gap", (teacher.entropy_N - scores.entropy_N).abs())
+        tally.add_sum("overlap/ratio", teacher.comparisons[0][:, 0])
+        tally.add_sum("overlap/advantage", teacher.comparisons[0][:, 1])

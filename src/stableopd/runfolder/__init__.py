@@ -3,14 +3,15 @@
     config.toml               the resolved configuration; a folder that has one is a run
     environment.json          versions and machine
     metrics.jsonl             one line a step
+    events.jsonl              one line for each time that the alarm spoke or acted
     rollouts/000010.jsonl     the rollouts of step 10, one a line
     failed/000012.jsonl       a batch whose loss was not finite
     checkpoints/000050/       a model folder, with `trainer/` beside the weights
     report.html               and other files made from the above
 
 Files are written beside their place, synced and renamed: a kill at any moment leaves the old one or
-the new one. `metrics.jsonl` grows in place: a kill can tear its last line, which readers ignore and
-`rewind` removes. One process writes; others may read meanwhile.
+the new one. `metrics.jsonl` and `events.jsonl` grow in place: a kill can tear the last line, which
+readers ignore and `rewind` removes. One process writes; others may read meanwhile.
 """
 
 from __future__ import annotations
@@ -18,32 +19,38 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from stableopd.runfolder.files import (
+    REMEDIES,
+    TEMPORARY,
+    append_line,
+    finite,
+    json_line,
+    read,
+    read_lines,
+    read_object,
+    refusal,
+    remove,
+    sync,
+    sync_tree,
+    write_bytes,
+    writing,
+)
 from stableopd.types import RunFolderError
 
 __all__ = ["RunFolder", "write_atomically"]
 
-CONFIG, ENVIRONMENT, METRICS = "config.toml", "environment.json", "metrics.jsonl"
+CONFIG, ENVIRONMENT = "config.toml", "environment.json"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 ROLLOUTS, FAILED, CHECKPOINTS = "rollouts", "failed", "checkpoints"
 
-TEMPORARY = ".tmp"  # unfinished writes and halves of deletions: safe to remove at any time
 REPLACED = ".replaced"  # a complete checkpoint that a new one of its step is about to replace
-
-FULL = "what was written before is intact, so free some space and continue with --resume"
-REMEDIES = {
-    errno.ENOSPC: f"the disk is full; {FULL}",
-    errno.EDQUOT: f"the disk quota is used up; {FULL}",
-    errno.EACCES: "permission denied; choose another run.output",
-    errno.EPERM: "permission denied; choose another run.output",
-    errno.EROFS: "the file system is read-only; choose another run.output",
-}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -52,7 +59,7 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         RunFolderError: The disk is full, read-only, or not ours to write.
     """
-    _write_bytes(path, [text.encode("utf-8", errors="backslashreplace")])
+    write_bytes(path, [text.encode("utf-8", errors="backslashreplace")])
 
 
 class RunFolder:
@@ -81,7 +88,7 @@ class RunFolder:
             parent = parent.parent
         if not os.access(parent, os.W_OK):
             read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
-            raise _refusal(folder.path, OSError(errno.EROFS if read_only else errno.EACCES, ""))
+            raise refusal(folder.path, OSError(errno.EROFS if read_only else errno.EACCES, ""))
         return folder
 
     @classmethod
@@ -99,10 +106,10 @@ class RunFolder:
             RunFolderError: It already holds a run, is a file, or cannot be written.
         """
         folder = cls.claim(path)
-        with _writing(folder.path):
+        with writing(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
         # The configuration comes last: a folder that has one has everything.
-        folder.write_text(ENVIRONMENT, json.dumps(_finite(environment), indent=2) + "\n")
+        folder.write_text(ENVIRONMENT, json.dumps(finite(environment), indent=2) + "\n")
         folder.write_text(CONFIG, config_toml)
         return folder
 
@@ -121,11 +128,11 @@ class RunFolder:
 
     def config_text(self) -> str:
         """The text of `config.toml`."""
-        return _read(self.path / CONFIG).decode()
+        return read(self.path / CONFIG).decode()
 
     def environment(self) -> dict[str, Any]:
         """What `create` was told about versions and machine."""
-        return _parse(_read(self.path / ENVIRONMENT), str(self.path / ENVIRONMENT))
+        return read_object(self.path / ENVIRONMENT)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file such as `report.html` atomically, and return its path."""
@@ -141,24 +148,19 @@ class RunFolder:
         Raises:
             RunFolderError: It cannot be written; the lines before it are intact.
         """
-        path = self.path / METRICS
-        data = _json_line(line)
-        # Without a buffer: one would write the rest of a failed line when the file is closed.
-        with _writing(path), path.open("ab", buffering=0) as file:
-            size = _whole_lines(path)
-            os.truncate(path, size)
-            try:
-                while data:
-                    data = data[os.write(file.fileno(), data) :]
-                os.fsync(file.fileno())
-            except OSError:
-                os.truncate(path, size)
-                raise
+        append_line(self.path / METRICS, line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of `metrics.jsonl` in order, without a torn last one."""
-        path = self.path / METRICS
-        return _read_lines(path) if path.exists() else []
+        return self._lines(METRICS)
+
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """Add one line with "step" to `events.jsonl`, as `append_metrics` does."""
+        append_line(self.path / EVENTS, event)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All lines of `events.jsonl` in order, without a torn last one."""
+        return self._lines(EVENTS)
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rollouts of a step, one row a line, replacing what was there."""
@@ -166,7 +168,7 @@ class RunFolder:
 
     def rollouts(self, step: int) -> list[dict[str, Any]]:
         """The rollouts of a step; RunFolderError where none were written."""
-        return _read_lines(self.path / ROLLOUTS / f"{step:06d}.jsonl")
+        return read_lines(self.path / ROLLOUTS / f"{step:06d}.jsonl")
 
     def rollout_steps(self) -> list[int]:
         """The steps whose rollouts were written, in order."""
@@ -200,55 +202,58 @@ class RunFolder:
         temporary = final.with_name(f".{final.name}{TEMPORARY}")
         try:
             final.parent.mkdir(exist_ok=True)
-            _remove(temporary)
+            remove(temporary)
             temporary.mkdir()
             yield temporary
-            _sync_tree(temporary)
+            sync_tree(temporary)
             self._publish(temporary, final)
         except Exception as error:
             # Writers of weights report a full disk as errors of their own kinds, some of which
             # (safetensors) have removed their half of a file by now.
             told = os.strerror(errno.ENOSPC) in str(error)
             if told or shutil.disk_usage(self.path).free < 4096:
-                raise _refusal(final, OSError(errno.ENOSPC, str(error))) from error
+                raise refusal(final, OSError(errno.ENOSPC, str(error))) from error
             if isinstance(error, OSError) and error.errno in REMEDIES:
-                raise _refusal(final, error) from error
+                raise refusal(final, error) from error
             raise
         finally:
-            _remove(temporary)
+            remove(temporary)
 
-    def prune_checkpoints(self, keep: int) -> None:
-        """Remove the oldest checkpoints until `keep` are left; 0 keeps all."""
-        if keep > 0:
-            for step in self.checkpoints()[:-keep]:
+    def prune_checkpoints(self, keep: int, spared: Collection[int] = ()) -> None:
+        """Remove all but the last `keep` checkpoints and those of `spared` steps; 0 keeps all."""
+        for step in self.checkpoints()[:-keep] if keep else []:
+            if step not in spared:
                 self._drop_checkpoint(step)
 
     def rewind(self, step: int) -> None:
         """Forget everything after `step`, so that the run can go on from its checkpoint.
 
-        Removes later checkpoints, lines of metrics and rollouts, a torn last line, and what
+        Removes later checkpoints, lines of metrics and events, rollouts, torn last lines, and what
         killed writes left over. Batches that failed are kept: they are evidence.
         """
-        with _writing(self.path):
+        with writing(self.path):
             self._tidy()
         # The newest go first: a kill here leaves checkpoints that the metrics still cover.
         for later in reversed(self.checkpoints()):
             if later > step:
                 self._drop_checkpoint(later)
-        path = self.path / METRICS
-        if path.exists():
-            kept = [line for line in self.metrics() if line["step"] <= step]
-            _write_bytes(path, map(_json_line, kept))
-        with _writing(self.path):
+        for path in (self.path / METRICS, self.path / EVENTS):
+            if path.exists():
+                kept = [line for line in read_lines(path) if line["step"] <= step]
+                write_bytes(path, map(json_line, kept))
+        with writing(self.path):
             for later in self.rollout_steps():
                 if later > step:
                     (self.path / ROLLOUTS / f"{later:06d}.jsonl").unlink()
 
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        return read_lines(self.path / name) if (self.path / name).exists() else []
+
     def _write_rows(self, room: str, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
         path = self.path / room / f"{step:06d}.jsonl"
-        with _writing(path):
+        with writing(path):
             path.parent.mkdir(exist_ok=True)
-        _write_bytes(path, map(_json_line, rows))
+        write_bytes(path, map(json_line, rows))
         return path
 
     def _numbered(self, room: str, ending: str) -> Iterator[int]:
@@ -265,133 +270,31 @@ class RunFolder:
         # is still found under its other name, so at no moment is there none.
         replaced = final.with_name(f".{final.name}{REPLACED}")
         if final.exists():
-            _remove(replaced)
+            remove(replaced)
             os.rename(final, replaced)
         os.rename(temporary, final)
-        _sync(final.parent)
-        _remove(replaced)
+        sync(final.parent)
+        remove(replaced)
 
     def _drop_checkpoint(self, step: int) -> None:
         path = self.checkpoint_path(step)
         doomed = path.with_name(f".{step:06d}{TEMPORARY}")
-        with _writing(path):
-            _remove(doomed)
+        with writing(path):
+            remove(doomed)
             # Renamed first, so that a kill does not leave half of it under its name.
             os.rename(path, doomed)
-            _remove(doomed)
-            _remove(path.with_name(f".{step:06d}{REPLACED}"))
+            remove(doomed)
+            remove(path.with_name(f".{step:06d}{REPLACED}"))
 
     def _tidy(self) -> None:
         for step in list(self._numbered(CHECKPOINTS, REPLACED)):
             path = self.path / CHECKPOINTS / f"{step:06d}"
             replaced = path.with_name(f".{path.name}{REPLACED}")
             if path.exists():
-                _remove(replaced)
+                remove(replaced)
             else:
                 os.rename(replaced, path)
         for folder in (self.path, *(self.path / r for r in (ROLLOUTS, FAILED, CHECKPOINTS))):
             if folder.is_dir():
                 for left in list(folder.glob(f".*{TEMPORARY}")):
-                    _remove(left)
-
-
-def _refusal(path: Path, error: OSError) -> RunFolderError:
-    reason = REMEDIES.get(error.errno or 0, f"{error.strerror or error}; choose another run.output")
-    return RunFolderError(f"{path}: cannot be written: {reason}.")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise _refusal(path, error) from error
-
-
-def _write_bytes(path: Path, pieces: Iterable[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    with _writing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.writelines(pieces)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(path: Path) -> None:
-    for folder, _, names in os.walk(path):
-        for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    """Replace floats that JSON has no word for (nan, infinities) by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in cast(Mapping[str, Any], value).items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in cast(list[Any], value)]
-    return value
-
-
-def _json_line(row: Mapping[str, Any]) -> bytes:
-    text = json.dumps(_finite(row), ensure_ascii=False)
-    # A lone surrogate has no UTF-8; as an escape it is valid JSON and reads back the same.
-    return text.encode("utf-8", errors="backslashreplace") + b"\n"
-
-
-def _whole_lines(path: Path) -> int:
-    """Size of a file of lines without a torn last one, in bytes."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        if file.read(1) in (b"", b"\n"):
-            return size
-        file.seek(0)
-        return file.read().rfind(b"\n") + 1
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or error
-        raise RunFolderError(f"{path}: cannot be read: {reason}; is the run complete?") from None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    # Split on the byte: a completion may hold characters that str.splitlines takes for line ends.
-    lines = _read(path).split(b"\n")[:-1]
-    return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
-
-
-def _parse(data: bytes, where: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        row: Any = json.loads(data)
-        if isinstance(row, dict):
-            return cast(dict[str, Any], row)
-    raise RunFolderError(f"{where}: not a JSON object; restore it.")
+                    remove(left)

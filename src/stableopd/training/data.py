@@ -1,0 +1,134 @@
+"""The problems of a run: prompts as token ids, and golden solutions where a term may need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+from stableopd.config import Config
+from stableopd.data.golden import golden_sequences, num_too_long
+from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.models import LanguageModel
+from stableopd.rollout.stops import StopPlan
+from stableopd.types import DataError, Prompt, Sequence
+
+__all__ = ["Problems", "load_held_out", "load_train"]
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Prompts with their token ids, and the golden solution of each where there is one."""
+
+    prompts: Many[Prompt]
+    prompt_ids: Many[tuple[int, ...]]
+    golden: Many[Sequence | None]
+
+    def named_ids(self, places: Many[int]) -> list[tuple[str, tuple[int, ...]]]:
+        """What the sampler takes, for the prompts at some places."""
+        return [(self.prompts[i].id, self.prompt_ids[i]) for i in places]
+
+
+def load_train(
+    config: Config,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    stops: StopPlan,
+    needs_golden: bool,
+) -> tuple[Problems, list[str]]:
+    """Read the problems to train on.
+
+    Args:
+        config: The configuration.
+        student: The student.
+        teacher: The teacher, which must be able to read them, too; None without one.
+        stops: Whose label ends a golden solution.
+        needs_golden: Whether the golden term is on, or may be turned on by the alarm.
+
+    Returns:
+        The problems, and sentences for the user about them.
+
+    Raises:
+        DataError: A row cannot be used, or a solution is missing that a term may need.
+    """
+    data, budget = config.data, config.rollout.max_new_tokens
+    prompts = load_prompts(
+        data.train,
+        data,
+        split="train",
+        needs_solution=bool(config.objective.lambda_gold),
+        needs_answer=config.objective.advantage == "group_reward",
+    )
+    if needs_golden:
+        _require_solutions(config, prompts)
+    ids = _encode(config, student, teacher, prompts, budget)
+    if not needs_golden:
+        return Problems(prompts, ids, [None] * len(prompts)), []
+    golden = golden_sequences(prompts, ids, student.tokenizer, stops.label_id, budget)
+    notes: list[str] = []
+    if left_out := num_too_long(prompts, golden):
+        notes.append(
+            f"{left_out} of {len(prompts)} golden solutions are longer than "
+            f"rollout.max_new_tokens = {budget} and are left out of the golden term."
+        )
+    return Problems(prompts, ids, golden), notes
+
+
+def load_held_out(
+    config: Config, student: LanguageModel, teacher: LanguageModel | None
+) -> Problems | None:
+    """Read the problems of the evaluation; None without one.
+
+    Args:
+        config: The configuration.
+        student: The student.
+        teacher: The teacher; None without one.
+
+    Returns:
+        The problems, without golden solutions.
+
+    Raises:
+        DataError: A row cannot be used.
+    """
+    if not config.eval.data:
+        return None
+    prompts = load_prompts(
+        config.eval.data,
+        config.data,
+        split="test",
+        needs_solution=False,
+        needs_answer=True,
+        max_rows=config.eval.max_problems,
+    )
+    budget = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    ids = _encode(config, student, teacher, prompts, budget)
+    return Problems(prompts, ids, [None] * len(prompts))
+
+
+def _encode(
+    config: Config,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    prompts: Many[Prompt],
+    max_new_tokens: int,
+) -> list[tuple[int, ...]]:
+    contexts = [m.context for m in (student, teacher) if m is not None and m.context]
+    return encode_prompts(
+        prompts,
+        student.tokenizer,
+        config.data.chat_template,
+        config.rollout.max_prompt_tokens,
+        min(contexts, default=None),
+        max_new_tokens,
+    )
+
+
+def _require_solutions(config: Config, prompts: Many[Prompt]) -> None:
+    """Refuse now what would fail when the alarm turns the golden term on."""
+    lacking = next((prompt for prompt in prompts if prompt.solution is None), None)
+    if lacking is not None:
+        raise DataError(
+            f"{config.data.train}: prompt {lacking.id} has no solution in the column "
+            f"{config.data.solution!r}, and alarm.action = {config.alarm.action!r} turns the "
+            "golden term on, which needs one of every prompt; name the column in data.solution, "
+            "or set alarm.action to 'warn' or 'stop'."
+        )
