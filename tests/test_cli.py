@@ -25,7 +25,9 @@ def trained(world):
     return world / "trained", *tiny.run_cli("train", config, draws=True)
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("demo",), ("report",)])
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("demo",), ("diagnose",), ("doctor",), ("compare",), ("report",)]
+)
 def test_help(command):
     code, out, err = tiny.run_cli(*command, "--help")
     assert (code, err) == (0, "")
@@ -95,19 +97,42 @@ def test_report(trained, world):
     code, out, err = tiny.run_cli("report", run, draws=True)
     assert (code, err) == (0, "")
     assert out == f"Report: {run / 'report.html'}\n"
+    elsewhere = world / "pages" / "one.html"
+    code, out, err = tiny.run_cli("report", run, "--output", elsewhere, draws=True)
+    assert (code, out, err) == (0, f"Report: {elsewhere}\n", "")
+    assert elsewhere.read_text() == (run / "report.html").read_text()
+
+
+def test_compare(trained, world):
+    run, both = trained[0], world / "both.html"
     shutil.copytree(run, world / "copy")
-    both = world / "both.html"
-    assert tiny.run_cli("report", run, world / "copy", "--output", both, draws=True)[0] == 0
-    assert "trained and copy" in both.read_text()
+    config = world / "copy" / "config.toml"
+    config.write_text(config.read_text().replace("lambda_gold = 1.0", "lambda_gold = 0.5"))
+    code, out, err = tiny.run_cli("compare", run, world / "copy", "--output", both)
+    assert (code, err) == (0, "")
+    assert "lambda_gold = 0.5" in " ".join(out.split())
+    assert out.endswith(f"Page: {both}\n")
+    assert "objective.lambda_gold" in both.read_text()
 
 
-def test_report_on_what_is_no_run(world, trained):
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_what_is_no_run(world, trained, command):
     teacher, none = world / "teacher", world / "none"
     for folder, fault in ((teacher, "has no config.toml"), (none, "no such folder")):
-        for arguments in ((folder,), (trained[0], folder)):
-            code, out, err = tiny.run_cli("report", *arguments, draws=True)
+        for arguments in ((folder,), (trained[0], folder))[: 1 + (command == "compare")]:
+            page = world / "never.html"
+            code, out, err = tiny.run_cli(command, *arguments, "--output", page, draws=True)
             assert (code, out) == (2, "")
             assert err == f"error: {folder}: {fault}; give the run.output of a run.\n"
+            assert not page.exists()
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_pages_that_cannot_be_written(world, trained, command):
+    for page in (world, world / "config.toml" / "page.html"):
+        code, out, err = tiny.run_cli(command, trained[0], "--output", page, draws=True)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {page}: ")
 
 
 def test_report_on_a_run_without_a_step(trained, world):

@@ -1,255 +1,42 @@
 import base64
-import html.parser
 import itertools
 import math
 import os
-import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from report_parts import PARAMETERS, metric_lines
 from stableopd.config import RepetitionConfig
 from stableopd.report import figures
-from stableopd.report.figures import DARK, LIGHT
-from stableopd.report.page import write_page
-from stableopd.runfolder import RunFolder
-from stableopd.types import RunFolderError
+from stableopd.report.panels import (
+    Mark,
+    blank_panel,
+    credit_panels,
+    draw_panel,
+    dynamics_panels,
+    logprob_panels,
+    panel_figure,
+    svg_data_uri,
+)
+from stableopd.report.series import band_name, read_series, thin
+from stableopd.report.themes import DARK, LIGHT, choose_colors
 
 REPETITION = RepetitionConfig(window_chars=1234, ratio=4.5, ngram=6, min_run=16)
-CONFIG = """[run]
-output = "runs/<x>"
-
-[repetition]
-window_chars = 1234
-ratio = 4.5
-ngram = 6
-min_run = 16
-"""
-
-
-def metric_lines(collapses, steps=12):
-    lines = [{"step": 0, "eval/accuracy": 0.06, "eval/truncation_rate": 0.125}]
-    for step in range(1, steps + 1):
-        bad = step / steps if collapses else 0.05
-        line = {
-            "step": step,
-            "rollout/mean_length": 40.0 + 70 * bad,
-            "rollout/truncation_rate": 0.15 + 0.8 * bad,
-            "rollout/repetition_rate": 0.5 * bad,
-            "rollout/repetitive_share": 0.6 * bad,
-            "rollout/accuracy": 0.1,
-            "advantage/mean": -0.4 + 0.3 * bad,
-            "advantage/repetitive_mean": math.nan if step < 3 else -0.05,
-            "advantage/regular_mean": -0.5,
-            "logp/student_mean": -0.9,
-            "logp/teacher_mean": -1.3,
-            "tokens_per_s": 1500.0,
-        }
-        if step % 4 == 0:
-            line |= {"eval/accuracy": 0.06 + 0.01 * step, "eval/truncation_rate": 0.1}
-        lines.append(line)
-    return lines
-
-
-def rollout(name, ids, text, **extra):
-    return {
-        "step": 12,
-        "prompt_id": name,
-        "prompt": f"prompt of {name}",
-        "completion": text,
-        "prompt_ids": [1],
-        "completion_ids": ids,
-        "stop_reason": "length",
-        "student_logprobs": [-0.5] * len(ids),
-        "teacher_logprobs": [-0.5] * len(ids),
-        **extra,
-    }
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "opd"
-    folder = RunFolder.create(path, CONFIG, {"torch": "2.13.0", "gpu": "<none>"})
-    for line in metric_lines(True):
-        folder.append_metrics(line)
-    folder.write_rollouts(6, [rollout("early", [1] * 99, "an earlier step")])
-    folder.write_rollouts(
-        12,
-        [
-            rollout("plain", list(range(200)), "nothing repeats"),
-            rollout("long", [7] * 60, "loop & <script>alert('long')</script>", correct=False),
-            rollout("longer", [8] * 90, "loop " * 2000, stop_reason="stop", correct=True),
-            rollout("some", list(range(50)) + [9] * 30, "a little"),
-            rollout("short loop", [3] * 20, "below min_run"),
-        ],
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    folder = RunFolder.create(tmp_path_factory.mktemp("runs") / "stable", CONFIG, {})
-    for line in metric_lines(False):
-        folder.append_metrics(line)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one_page(run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pages") / "one.html"
-    return page_of([("opd", run)], path, "One <b>run</b>")
-
-
-@pytest.fixture(scope="module")
-def two_page(run, other, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pages") / "two.html"
-    return page_of([("opd", run), ("stable_opd", other)], path, "Two runs")
-
-
-class Page(html.parser.HTMLParser):
-    """Collects tags and text, as a browser would see them."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.addresses, self.open, self.texts = [], [], [], {}
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.open.append(tag)
-        self.addresses += [v for k, v in attrs if k in ("src", "srcset", "href", "action")]
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts.setdefault(self.open[-1], []).append(data)
-
-
-def page_of(runs, path, title="A title"):
-    write_page(runs, path, title)
-    text = path.read_text(encoding="utf-8")
-    return text, Page(text)
-
-
-def images(page):
-    return [address for address in page.addresses if address.startswith("data:image/svg+xml")]
-
-
-def test_page_of_one_run(one_page):
-    _, page = one_page
-    assert page.texts["h1"] == ["One <b>run</b>"]
-    assert page.tags.count("img") == 3
-    assert len(images(page)) == 6
-    captions = page.texts["figcaption"]
-    assert [caption[:9] for caption in captions] == ["Figure 1.", "Figure 2.", "Figure 3."]
-    assert "6-gram" in captions[2]
-    assert CONFIG in page.texts["pre"]
-    assert any('"gpu": "<none>"' in text for text in page.texts["pre"])
-
-
-def test_page_of_two_runs(two_page):
-    _, page = two_page
-    assert page.tags.count("img") == 7
-    assert page.texts["figcaption"][0].startswith("Figure 4.")
-    assert page.texts["h2"] == ["opd", "stable_opd"]
-    assert page.texts["p"] == ["No rollouts were kept."]
-
-
-def test_headline_has_the_first_and_last_value_of_each_run(two_page):
-    _, page = two_page
-    cells = [c.strip() for c in page.texts["td"]]
-    starts = page.texts["span"]
-    place = cells.index("Accuracy, held-out")
-    assert cells[place + 1 : place + 3] == ["0.180", "0.180"]
-    assert starts[:2] == ["0.060 →", "0.060 →"]
-    place = cells.index("Length, rollouts (tokens)")
-    assert cells[place + 1 : place + 3] == ["110.0", "43.5"]
-    assert [starts[10], starts[11]] == ["45.8 →", "43.5 →"]
-
-
-def test_page_needs_no_network_and_no_script(two_page):
-    text, page = two_page
-    assert page.addresses
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
-    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
-    assert not re.search(r"url\(|@import|https?:", text)
-
-
-def test_rollouts_stay_text(one_page):
-    text, page = one_page
-    assert "<script" not in text
-    assert "loop & <script>alert('long')</script>" in page.texts["pre"]
-
-
-def test_worst_rollouts_are_the_most_repetitive_of_the_last_step(one_page):
-    text, page = one_page
-    # n = 6: the first 6 of a run of one token are new, and "short loop" is below min_run.
-    assert page.texts["summary"][:3] == [
-        "84 of 90 tokens repetitive, stopped, correct",
-        "54 of 60 tokens repetitive, cut off by the budget, wrong",
-        "24 of 80 tokens repetitive, cut off by the budget, not graded",
-    ]
-    assert "an earlier step" not in text
-    assert "7,000 characters left out" in text
-
-
-def test_chat_prompts_are_readable(tmp_path):
-    run = RunFolder.create(tmp_path / "run", CONFIG, {})
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 < 2?"}]
-    run.write_rollouts(13, [rollout("chat", [1, 2], "yes", prompt=chat)])
-    _, page = page_of([("opd", run)], tmp_path / "report.html")
-    assert "system: Be brief.\nuser: 1 < 2?" in page.texts["pre"]
-
-
-def test_page_of_a_run_without_a_step(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", "", {})
-    _, page = page_of([("new", folder)], tmp_path / "report.html")
-    assert "No step has been recorded yet." in page.texts["p"]
-    assert "table" not in page.tags
-    assert len(images(page)) == 6
-
-
-def test_page_of_numbers_that_are_all_missing(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", "", {})
-    folder.append_metrics({"step": 1, "rollout/mean_length": math.nan})
-    folder.append_metrics({"step": 2, "eval/accuracy": None})
-    _, page = page_of([("x", folder)], tmp_path / "report.html")
-    assert "No step has been recorded yet." in page.texts["p"]
-
-
-def test_runs_with_other_parameters_are_named(tmp_path, two_page):
-    first = RunFolder.create(tmp_path / "a", "", {})
-    second = RunFolder.create(tmp_path / "b", "[repetition]\nngram = 4\n", {})
-    _, page = page_of([("a", first), ("b", second)], tmp_path / "report.html")
-    assert any("different parameters" in text for text in page.texts["p"])
-    assert "different parameters" not in two_page[0]
-
-
-def test_page_that_cannot_be_written(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", "", {})
-    with pytest.raises(RunFolderError, match="cannot be written"):
-        write_page([("x", folder)], tmp_path / "nowhere" / "report.html", "t")
+TWO = {"opd": metric_lines(True), "stable_opd": metric_lines(False)}
 
 
 def texts(figure):
-    found = [t.get_text() for ax in figure.axes for t in (*ax.texts, ax.title, ax.yaxis.label)]
-    for ax in figure.axes:
-        found.append(ax.get_title(loc="left"))
-    return found
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    return titles + [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
 def lines_of(ax):
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
-
-
-TWO = {"opd": metric_lines(True), "stable_opd": metric_lines(False)}
 
 
 def all_figures(runs, theme=LIGHT):
@@ -259,6 +46,11 @@ def all_figures(runs, theme=LIGHT):
         figures.credit_figure(runs, REPETITION, theme),
         figures.comparison_figure(runs, REPETITION, theme),
     ]
+
+
+def drawn(panel, arms, mark=None):
+    """The axes of a panel, to look at what was drawn."""
+    return panel_figure(panel, arms, choose_colors(list(arms)), LIGHT, mark).axes[0]
 
 
 def test_figures_name_the_parameters():
@@ -291,6 +83,18 @@ def test_accuracy_of_rollouts_is_drawn_where_nothing_was_evaluated():
 
 
 @pytest.mark.parametrize(
+    ("accuracies", "top"),
+    [([0.0, 0.004], 0.25), ([0.0, 0.0], 0.25), ([0.1, 0.6], 0.62), ([0.2, 1.0], 1.03)],
+)
+def test_a_small_accuracy_looks_small(accuracies, top):
+    lines = [{"step": s, "eval/accuracy": a} for s, a in enumerate(accuracies)]
+    panel = dynamics_panels({"x": [lines]}, PARAMETERS)[3]
+    low, high = drawn(panel, {"x": [lines]}).get_ylim()
+    assert high == pytest.approx(top, abs=0.01)
+    assert -0.01 <= low <= 0
+
+
+@pytest.mark.parametrize(
     "runs",
     [
         {"empty": []},
@@ -311,16 +115,123 @@ def test_a_run_has_one_colour_everywhere():
         assert figure.axes[0].lines[0].get_color() == LIGHT.arms[0]
     for figure in all_figures(TWO, DARK):
         assert DARK.arms[1] in [line.get_color() for line in figure.axes[0].lines]
-    named = {"a": TWO["opd"], "b": TWO["opd"], "StableOPD": TWO["opd"]}
-    whole = figures.dynamics_figure(named, REPETITION).axes[0].lines
-    assert len({line.get_color() for line in whole}) == 3
-    part = figures.logprob_figure({"b": TWO["opd"]}, arms=list(named)).axes[0].lines
-    assert part[0].get_color() == whole[1].get_color()
+
+
+def test_methods_have_colours_of_their_own():
+    assert choose_colors(["opd", "StableOPD", "sft"]) == {"opd": 0, "StableOPD": 1, "sft": 2}
+    assert choose_colors(["stable_opd, lambda_gold = 0.1"])["stable_opd, lambda_gold = 0.1"] == 1
+    assert choose_colors(["opd-1", "stable_opd-1"]) == {"opd-1": 0, "stable_opd-1": 1}
+    assert choose_colors(["lonely"]) == {"lonely": 1}
+    mixed = choose_colors(["a", "b", "OPD", "opd, steps = 50"])
+    assert mixed["OPD"] == 0
+    assert len(set(mixed.values())) == 4
+    assert len(choose_colors([f"arm {i}" for i in range(9)])) == 9
 
 
 def test_many_runs_can_be_drawn():
-    runs = {f"seed {i}": TWO["opd"] for i in range(9)}
+    runs = {f"arm {i}": TWO["opd"] for i in range(9)}
     assert len(figures.dynamics_figure(runs, REPETITION).axes[0].lines) == 9
+
+
+def test_the_onset_is_marked():
+    arms = {"opd": [TWO["opd"]]}
+    panel = dynamics_panels(arms, PARAMETERS)[1]
+    plain, marked = drawn(panel, arms), drawn(panel, arms, Mark(5, (4, 7)))
+    assert lines_of(marked)[: len(plain.lines)] == lines_of(plain)
+    assert lines_of(marked)[-1] == ([5, 5], [0, 1])
+    (band,) = marked.patches
+    assert band.get_bbox().x0 == 4
+    assert band.get_bbox().x1 == 7
+    assert not plain.patches
+    assert not drawn(panel, arms, Mark(5, (5, 5))).patches
+    nothing = drawn(panel, {"x": []}, Mark(5, (4, 7)))
+    assert not nothing.lines
+    assert [text.get_text() for text in nothing.texts] == ["not measured"]
+
+
+def test_lengths_have_the_unit_of_the_dump():
+    assert dynamics_panels({}, PARAMETERS, "characters")[0].unit == "characters"
+    words = credit_panels(PARAMETERS)[1]
+    assert words.unit == "share of tokens"
+
+
+def test_seeds_are_a_mean_with_a_band():
+    seeds = [[{"step": s, "x": 10.0 * k + s} for s in (1, 2, 3)] for k in (0, 1, 5)]
+    series = read_series(seeds, "x")
+    assert series is not None
+    assert list(series.steps) == [1, 2, 3]
+    assert list(series.mean) == [21, 22, 23]
+    assert list(series.low) == [1, 2, 3]
+    assert list(series.high) == [51, 52, 53]
+    assert band_name(3) == "smallest to largest seed"
+
+
+def test_five_seeds_have_an_interval_of_the_mean():
+    values = [0.1, 0.2, 0.4, 0.5, 0.9]
+    series = read_series([[{"step": 7, "x": v}] for v in values], "x")
+    assert series is not None
+    # Mean .42, standard deviation .3114, t(.975, 4) = 2.776.
+    assert series.mean[0] == pytest.approx(0.42)
+    assert series.high[0] - 0.42 == pytest.approx(2.776 * 0.31145 / math.sqrt(5), rel=1e-3)
+    assert 0.42 - series.low[0] == pytest.approx(series.high[0] - 0.42)
+    assert band_name(5) == "95% interval of the mean"
+    assert band_name(1) == ""
+
+
+@pytest.mark.parametrize("num_seeds", [3, 6])
+def test_seeds_that_stop_early_or_have_no_number(num_seeds):
+    seeds = [[{"step": s, "x": 1.0 * s} for s in range(4)] for _ in range(num_seeds - 1)]
+    seeds[0] = [{"step": 0, "x": 3.0}, {"step": 1, "x": None}]
+    seeds.append([{"step": 0, "y": 1.0}])
+    series = read_series(seeds, "x")
+    assert series is not None
+    assert series.num_seeds == num_seeds - 1
+    assert list(series.mean[1:]) == [1, 2, 3]
+    assert series.mean[0] == pytest.approx(3 / (num_seeds - 1))
+    assert list(series.low[1:]) == list(series.high[1:]) == [1, 2, 3]
+    nothing = read_series([[{"step": 0, "x": None}], [{"x": 1.0}], []], "x")
+    assert nothing is None
+
+
+def test_a_step_without_a_number_is_a_gap():
+    series = read_series([[{"step": 0, "x": 1.0}, {"step": 1, "x": math.inf}]], "x")
+    assert series is not None
+    assert np.isnan(series.mean[1])
+    assert np.isnan(series.low[1])
+
+
+def test_a_band_is_drawn_for_seeds_alone():
+    panel = logprob_panels()[1]
+    shifted = [
+        {"step": line["step"], "advantage/mean": line["advantage/mean"] - 1}
+        for line in TWO["opd"]
+        if "advantage/mean" in line
+    ]
+    assert not drawn(panel, {"opd": [TWO["opd"]]}).collections
+    ax = drawn(panel, {"opd": [TWO["opd"], shifted]})
+    assert len(ax.collections) == 1
+    assert ax.collections[0].get_paths()[0].get_extents().height == pytest.approx(1.275, abs=1e-6)
+
+
+def test_long_lines_are_thinned_and_keep_their_extremes():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=50_000)
+    values[12_345], values[40_001] = 99.0, -99.0
+    other = np.full(50_000, math.nan)
+    kept = thin((values, other), 1000)
+    assert len(kept) <= 1002
+    assert {0, 12_345, 40_001, 49_999} <= set(kept)
+    assert (np.diff(kept) > 0).all()
+    assert list(thin((values[:1000],), 1000)) == list(range(1000))
+
+
+def test_labels_of_axes_fit_their_figure():
+    figure, ax = blank_panel(LIGHT, "step")
+    arms = {"x": [[{"step": s, "rollout/mean_length": 16_384.0 * s} for s in range(3)]]}
+    draw_panel(ax, dynamics_panels(arms, PARAMETERS)[0], arms, {"x": 1}, LIGHT)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in ax.get_yticklabels()]
+    assert min(box.x0 for box in boxes) > 0
 
 
 def luminance(color):
@@ -347,14 +258,27 @@ def test_png_is_on_white_and_has_ink(tmp_path):
         assert pixels.convert("L").getextrema()[0] < 64
 
 
-def test_svg_is_well_formed_and_the_same_each_time():
-    first, second = (figures.svg_data_uri(figures.logprob_figure(TWO)) for _ in range(2))
+def test_svg_is_well_formed_small_and_the_same_each_time():
+    arms = {"opd": [TWO["opd"]]}
+    panel = dynamics_panels(arms, PARAMETERS)[1]
+    first, second = (
+        svg_data_uri(panel_figure(panel, arms, {"opd": 0}, LIGHT, Mark(5, (4, 7))))
+        for _ in range(2)
+    )
     assert first == second
     svg = base64.b64decode(first.removeprefix("data:image/svg+xml;base64,"))
-    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(svg) < 20_000
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    # Text stays text: no outlines of letters in the file.
+    words = {node.text for node in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"step", "0.2", "1.0"} <= words
 
 
 def test_report_loads_no_torch():
-    code = "import sys, stableopd.report.page; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, stableopd.report.page, stableopd.report.compare;"
+        "sys.exit('torch' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -24,7 +24,8 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             assert f"stableopd/embedded/{role}/{file}" in names
     assert "stableopd/embedded/demo.toml" in names
-    assert "stableopd/report/page.html.jinja" in names
+    for template in ("base", "compare", "macros", "page"):
+        assert f"stableopd/report/{template}.html.jinja" in names
     assert "stableopd/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "docs", "recipes"))]
     code = (

@@ -1,4 +1,4 @@
-"""The command line: `stableopd train | demo | report`."""
+"""The command line: `stableopd train | demo | diagnose | doctor | compare | report`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a field of the configuration."),
@@ -58,8 +59,7 @@ def train(
 
     settings = load(config, set_)
 
-    from stableopd.report.page import write_page
-    from stableopd.terminal import LiveView
+    from stableopd.terminal import LiveView, alarm_message, stop_message
     from stableopd.training.loop import train as steps
     from stableopd.training.preflight import examine
     from stableopd.training.setup import prepare
@@ -71,7 +71,7 @@ def train(
         return
     if not resume:
         _show_audit(examine(run))
-    last = run.start_step
+    last, events = run.start_step, list[dict[str, Any]]()
     with (
         _finish_step_on_interrupt() as interrupted,
         LiveView(f"{name} in {run.folder.path}", total, [name]) as view,
@@ -81,8 +81,19 @@ def train(
         for line in steps(run, lambda: bool(interrupted)):
             view.update(name, line)
             last = line["step"]
-    write_page([(name, run.folder)], run.folder.path / "report.html", str(run.folder.path))
+            events = [event for event in run.folder.events() if event["step"] == last]
+            for event in events:
+                view.message(alarm_message(event))
+    from stableopd.diagnose.command import read_runs
+    from stableopd.report.page import write_page
+
+    found = read_runs([run.folder.path])
+    write_page(found, run.folder.path / "report.html", str(run.folder.path))
+    print(found[0].verdict.headline)
     print(f"Report: {run.folder.path / 'report.html'}")
+    if events and events[-1]["action"] == "stop":
+        print(stop_message(events[-1], total, settings.alarm.action))
+        raise typer.Exit(1)
     if last < total:
         again = "" if resume else " and --resume"
         print(f"Stopped after step {last} of {total}. Go on with the same command{again}.")
@@ -133,17 +144,100 @@ def demo(
 
 
 @app.command()
+def diagnose(
+    paths: Annotated[list[Path], typer.Argument(help="A run folder, or files of rollout dumps.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="auto, stableopd, trl, verl, slime, nemo-rl, ...")
+    ] = "auto",
+    map_: Annotated[
+        list[str],
+        typer.Option(
+            "--map", metavar="ROLE=COLUMN", help="Where to find what, as completion=text."
+        ),
+    ] = [],  # noqa: B006 (typer reads the default and never changes it)
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The length budget: as long as this is cut off.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer.json or its folder: counts tokens of text.")
+    ] = None,
+    window_chars: Annotated[int, typer.Option(min=1, help="L of RepRate, characters.")] = 10_000,
+    ratio: Annotated[float, typer.Option(min=1.0, help="tau of RepRate.")] = 10.0,
+    ngram: Annotated[int | None, typer.Option(min=1, help="n of repetitive tokens; 8.")] = None,
+    min_run: Annotated[int, typer.Option(min=0, help="Shortest repetitive run that counts.")] = 0,
+    answer_marker: Annotated[str, typer.Option(help="What stands before a final answer.")] = "",
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged lines.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow a run that goes on.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 10.0,
+) -> None:
+    """Say what happened in a run of any framework; exit code 0 healthy, 1 collapse."""
+    from stableopd.diagnose import command
+    from stableopd.diagnose.runs import Reading
+
+    reading = Reading(
+        format=format_,
+        mapping=command.parse_mapping(map_),
+        strict=strict,
+        max_new_tokens=max_new_tokens,
+        tokenizer=command.load_tokenizer(tokenizer) if tokenizer else None,
+        window_chars=window_chars,
+        ratio=ratio,
+        ngram=ngram,
+        min_run=min_run,
+        answer_marker=answer_marker,
+    )
+    if watch:
+        raise typer.Exit(command.watch_path(paths, reading, interval, as_json))
+    raise typer.Exit(command.diagnose_command(paths, reading, as_json, html))
+
+
+@app.command()
+def doctor(
+    student: Annotated[str, typer.Option(help="Folder, hub name or embedded.")] = "",
+    teacher: Annotated[str, typer.Option(help="Folder, hub name or embedded.")] = "",
+    data: Annotated[str, typer.Option(help="The training data, .jsonl or .parquet.")] = "",
+    config: Annotated[
+        Path | None, typer.Option(help="Take all of this from a training configuration.")
+    ] = None,
+    set_: Overrides = [],  # noqa: B006 (typer reads the default and never changes it)
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The length budget.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to sample on.")] = 8,
+    chat_template: Annotated[str, typer.Option(help="auto or none.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Look at models and data before a run: OK, WARN or FAIL, and the fix; exit code 1 on FAIL."""
+    from stableopd.doctor.command import run_doctor
+
+    code = run_doctor(
+        student, teacher, data, config, set_, max_new_tokens, num_prompts, chat_template, as_json
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; seeds of one arm are grouped.")],
+    output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("comparison.html"),
+) -> None:
+    """Set runs beside each other: same axes, seeds as a band, confidence intervals, configs."""
+    from stableopd.diagnose import command
+
+    command.compare_runs(runs, output)
+
+
+@app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, the first to be shown first.")],
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
     output: Annotated[
-        Path | None, typer.Option(help="The HTML file; report.html of the first run by default.")
+        Path | None, typer.Option(help="The HTML file; report.html of the run by default.")
     ] = None,
 ) -> None:
-    """Write one HTML page about one or more runs."""
+    """Write the page of a run."""
+    from stableopd.diagnose.command import page_path, read_runs
     from stableopd.report.page import write_page
-    from stableopd.runfolder import RunFolder
 
-    folders = [(path.name, RunFolder.open(path)) for path in runs]
-    page = output or folders[0][1].path / "report.html"
-    write_page(folders, page, " and ".join(name for name, _ in folders))
+    page = page_path(output) if output else run / "report.html"
+    write_page(read_runs([run]), page, str(run))
     print(f"Report: {page}")

@@ -6,6 +6,7 @@ the two run folders. Both arms read the same file, and differ in `objective.meth
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import subprocess
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from stableopd import config as configuration
 from stableopd import embedded
+from stableopd.diagnose.command import read_runs
 from stableopd.report import figures
 from stableopd.report.page import write_page
 from stableopd.runfolder import RunFolder
@@ -84,7 +87,13 @@ def run_demo(output: Path, overrides: Sequence[str]) -> None:
     console = Console()
     console.print(_results(folders, settings.repetition))
     _write_figures(folders, output, settings.repetition)
-    write_page(folders, output / "report.html", "The collapse and the cure")
+    found = [
+        dataclasses.replace(diagnosis, name=arm.name)
+        for arm, diagnosis in zip(arms, read_runs([arm.path for arm in arms]), strict=True)
+    ]
+    write_page(found, output / "report.html", "The collapse and the cure")
+    for diagnosis in found:
+        console.print(Text(f"{diagnosis.name}: {diagnosis.verdict.headline}"), soft_wrap=True)
     console.print(f"Figures: {output}/*.png    Page: {output / 'report.html'}", soft_wrap=True)
     console.print(f"Both arms took {time.monotonic() - started:.0f} s.")
 

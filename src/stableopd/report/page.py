@@ -1,61 +1,64 @@
-"""One HTML page about one or more runs, made from their folders and needing nothing else."""
+"""One HTML page about one or more runs: the verdict first, then what it rests on."""
 
 from __future__ import annotations
 
-import json
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
-from matplotlib.figure import Figure
+import numpy as np
 
-from stableopd.config import RepetitionConfig
-from stableopd.diagnostics.repetition import repetitive_tokens
-from stableopd.report import figures
-from stableopd.report.figures import DARK, LIGHT, Runs, Theme
-from stableopd.runfolder import RunFolder, write_atomically
+from stableopd.diagnostics.onset import Onset
+from stableopd.diagnostics.summary import Parameters, Summary
+from stableopd.diagnostics.verdict import Diagnosis, Verdict
+from stableopd.report import distributions
+from stableopd.report.panels import (
+    Mark,
+    credit_panels,
+    dynamics_panels,
+    has_evaluations,
+    logprob_panels,
+)
+from stableopd.report.render import (
+    Badge,
+    Key,
+    Picture,
+    arm_keys,
+    badge_of,
+    draw_image,
+    draw_panels,
+    number,
+    unique_names,
+    write_html,
+)
+from stableopd.report.rows import PromptRow, WorstRow, describe_prompts, describe_worst
+from stableopd.report.series import Arms
+from stableopd.report.themes import choose_colors
 
 __all__ = ["write_page"]
 
-WORST_ROLLOUTS = 3
-SHOWN_CHARACTERS = 3000
 
-HEADLINE = (
-    ("Accuracy, held-out", "eval/accuracy", ".3f"),
-    ("Accuracy, rollouts", "rollout/accuracy", ".3f"),
-    ("Truncation, held-out", "eval/truncation_rate", ".3f"),
-    ("Truncation, rollouts", "rollout/truncation_rate", ".3f"),
-    ("Repetition, rollouts", "rollout/repetition_rate", ".3f"),
-    ("Length, rollouts (tokens)", "rollout/mean_length", ".1f"),
-    ("Speed (tokens/s)", "tokens_per_s", ".0f"),
+# Label, name in metrics.jsonl, field of `Measures`, form. {unit}s are filled in.
+NUMBERS = (
+    ("Accuracy, held-out", "eval/accuracy", "", ".3f"),
+    ("Accuracy, rollouts", "rollout/accuracy", "accuracy", ".3f"),
+    ("TruncRate, held-out", "eval/truncation_rate", "", ".3f"),
+    ("TruncRate, rollouts", "rollout/truncation_rate", "truncation_rate", ".3f"),
+    ("RepRate, rollouts", "rollout/repetition_rate", "repetition_rate", ".3f"),
+    ("Repetitive {unit}", "rollout/repetitive_share", "repetitive_share", ".3f"),
+    ("Mean length ({length_unit})", "rollout/mean_length", "mean_length", ",.1f"),
+    ("Speed (tokens/s)", "tokens_per_s", "", ",.0f"),
 )
 
-GRADES = {True: "correct", False: "wrong", None: "not graded"}
-
 
 @dataclass(frozen=True)
-class _Picture:
-    """A figure for light pages and for dark ones, as `data:` addresses."""
+class _Number:
+    """A quantity at the first step and at the last; `first` is "" where there is only one."""
 
-    title: str
-    light: str
-    dark: str
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class _Worst:
-    """A rollout to look at: its texts, and how much of it is repetitive."""
-
-    prompt: str
-    completion: str
-    tokens: int
-    repetitive: int
-    stop_reason: str
-    correct: str
+    label: str
+    first: str
+    last: str
 
 
 @dataclass(frozen=True)
@@ -63,145 +66,260 @@ class _Section:
     """All that the page says of one run."""
 
     name: str
-    pictures: list[_Picture]
-    rollout_step: int | None
-    worst: list[_Worst]
+    source: str
+    badge: Badge
+    verdict: Verdict
+    onset: str
+    numbers: list[_Number]
+    has_steps: bool
+    pictures: list[Picture]
+    num_prompts: int
+    prompts: list[PromptRow]
+    worst: list[WorstRow]
+    nothing_repeats: bool
+    notes: tuple[str, ...]
     config: str
     environment: str
+    summary: Summary
+    parameters: Parameters
 
 
-def write_page(runs: Sequence[tuple[str, RunFolder]], path: str | Path, title: str) -> None:
+def write_page(diagnoses: Sequence[Diagnosis], path: str | Path, title: str) -> None:
     """Write the report of one or more runs as a single HTML file without any network address.
 
     Args:
-        runs: Name and folder of each run, in the order shown.
+        diagnoses: What is known of each run, in the order shown.
         path: The file to write, atomically.
         title: The heading.
 
     Raises:
-        RunFolderError: A folder cannot be read, or the file cannot be written.
+        RunFolderError: The file cannot be written.
     """
-    lines = {name: folder.metrics() for name, folder in runs}
-    parameters = [_repetition(folder) for _, folder in runs]
+    names = unique_names([diagnosis.name for diagnosis in diagnoses])
+    colors = choose_colors(names)
     sections = [
-        _section(name, folder, lines, repetition)
-        for (name, folder), repetition in zip(runs, parameters, strict=True)
+        _section(name, diagnosis, colors) for name, diagnosis in zip(names, diagnoses, strict=True)
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html.jinja").render(
+    parameters = {diagnosis.summary.parameters for diagnosis in diagnoses}
+    write_html(
+        "page.html.jinja",
+        path,
         title=title,
-        names=list(lines),
-        headline=_headline(lines),
-        comparison=_comparison(lines, parameters[0]) if len(runs) > 1 else None,
-        parameters_differ=len(set(parameters)) > 1,
         sections=sections,
+        table=_table(sections) if len(sections) > 1 else (),
+        comparison=_comparison(names, diagnoses, colors) if len(diagnoses) > 1 else None,
+        parameters_differ=len(parameters) > 1,
     )
-    write_atomically(Path(path), page)
 
 
-def _section(name: str, folder: RunFolder, lines: Runs, repetition: RepetitionConfig) -> _Section:
-    run, arms = {name: lines[name]}, list(lines)
-    steps = folder.rollout_steps()
+def _section(name: str, diagnosis: Diagnosis, colors: dict[str, int]) -> _Section:
+    summary = diagnosis.summary
+    lines = [line for line in diagnosis.lines if "step" in line]
+    has_steps = len({line["step"] for line in lines}) > 1
+    arms: Arms = {name: [lines]}
+    pictures = _over_steps(diagnosis, arms, colors) if has_steps else []
     return _Section(
         name=name,
-        pictures=[
-            _picture(
-                "Figure 1. Length, truncation, repetition and accuracy over steps",
-                lambda theme: figures.dynamics_figure(run, repetition, theme, arms),
-            ),
-            _picture(
-                "Figure 2. Log-prob by student and teacher, and their difference, the advantage",
-                lambda theme: figures.logprob_figure(run, theme, arms),
-            ),
-            _picture(
-                "Figure 3. The advantage of repetitive and regular tokens; a token is repetitive "
-                f"when the {repetition.ngram}-gram that ends at it occurred before",
-                lambda theme: figures.credit_figure(run, repetition, theme, arms),
-            ),
-        ],
-        rollout_step=steps[-1] if steps else None,
-        worst=_worst(folder.rollouts(steps[-1]), repetition) if steps else [],
-        config=folder.config_text(),
-        environment=json.dumps(folder.environment(), indent=2, ensure_ascii=False),
+        source=diagnosis.source,
+        badge=badge_of(diagnosis),
+        verdict=diagnosis.verdict,
+        onset=_when(diagnosis.onset),
+        numbers=_numbers(diagnosis),
+        has_steps=has_steps,
+        pictures=[*pictures, *_over_rollouts(diagnosis)],
+        num_prompts=summary.num_prompts,
+        prompts=describe_prompts(summary),
+        worst=describe_worst(summary),
+        nothing_repeats=all(entry.repetitive_share == 0 for entry in summary.worst),
+        notes=diagnosis.notes,
+        config=diagnosis.config,
+        environment=diagnosis.environment,
+        summary=summary,
+        parameters=summary.parameters,
     )
 
 
-def _comparison(lines: Runs, repetition: RepetitionConfig) -> _Picture:
-    return _picture(
+def _comparison(
+    names: Sequence[str], diagnoses: Sequence[Diagnosis], colors: dict[str, int]
+) -> Picture:
+    arms: Arms = {n: [d.lines] for n, d in zip(names, diagnoses, strict=True)}
+    first = diagnoses[0].summary
+    panels = (*dynamics_panels(arms, first.parameters, first.length_unit), *logprob_panels())
+    return Picture(
         "Figure 4. All runs beside each other",
-        lambda theme: figures.comparison_figure(lines, repetition, theme),
-        wide=True,
+        (*arm_keys(colors), *_evaluation_key(arms), Key("teacher", "ink", "dashed")),
+        draw_panels(panels, arms, colors),
+        columns=3,
     )
 
 
-def _picture(title: str, draw: Callable[[Theme], Figure], wide: bool = False) -> _Picture:
-    light, dark = (figures.svg_data_uri(draw(theme)) for theme in (LIGHT, DARK))
-    return _Picture(title, light, dark, wide)
+def _over_steps(diagnosis: Diagnosis, arms: Arms, colors: dict[str, int]) -> list[Picture]:
+    """Figures 1 to 3, with the onset marked."""
+    summary = diagnosis.summary
+    parameters, unit = summary.parameters, summary.parameters.unit
+    mark, mark_keys = _mark(diagnosis)
+    color = f"a{next(iter(colors[name] for name in arms))}"
+
+    def keys(*names: str) -> tuple[Key, ...]:
+        shapes = ("line", "dashed")
+        return tuple(Key(n, color, s) for n, s in zip(names, shapes, strict=False)) + mark_keys
+
+    dynamics = dynamics_panels(arms, parameters, summary.length_unit)
+    pictures = [
+        Picture(
+            "Figure 1. Length, truncation, repetition and accuracy over steps",
+            (Key("rollouts", color, "line"), *_evaluation_key(arms), *mark_keys),
+            draw_panels(dynamics, arms, colors, mark),
+        ),
+        Picture(
+            "Figure 2. Log-prob by student and teacher, and their difference, the advantage",
+            keys("student", "teacher"),
+            draw_panels(logprob_panels(), arms, colors, mark),
+        ),
+        Picture(
+            f"Figure 3. The advantage of repetitive and of regular {unit}, and the share of "
+            "repetitive ones",
+            keys(f"regular {unit}", f"repetitive {unit}"),
+            draw_panels(credit_panels(parameters), arms, colors, mark),
+        ),
+    ]
+    return [_fold(picture) for picture in pictures]
 
 
-def _repetition(folder: RunFolder) -> RepetitionConfig:
-    """The parameters that the run measured repetition with.
-
-    Read from the one section that is needed, so that a page can be made of a run whose
-    configuration a newer version would refuse elsewhere.
-    """
-    try:
-        table = tomllib.loads(folder.config_text()).get("repetition", {})
-    except tomllib.TOMLDecodeError:
-        table = {}
-    known = {k: v for k, v in table.items() if k in RepetitionConfig.__dataclass_fields__}
-    return RepetitionConfig(**known)
+def _fold(picture: Picture) -> Picture:
+    """A figure in which nothing was measured is its caption alone."""
+    if any(image.measured for image in picture.images):
+        return picture
+    return Picture(f"{picture.caption}: not measured", (), ())
 
 
-def _headline(lines: Runs) -> list[tuple[str, list[tuple[str, str]]]]:
-    """A row per quantity that any run measured: its first and its last value in each run."""
-    rows: list[tuple[str, list[tuple[str, str]]]] = []
-    for label, key, form in HEADLINE:
-        cells: list[tuple[str, str]] = []
-        for run in lines.values():
-            values = [line[key] for line in run if isinstance(line.get(key), int | float)]
-            shown = (format(values[0], form), format(values[-1], form)) if values else ("-", "-")
-            cells.append(shown)
-        if any(cell != ("-", "-") for cell in cells):
-            rows.append((label, cells))
-    return rows
+def _mark(diagnosis: Diagnosis) -> tuple[Mark | None, tuple[Key, ...]]:
+    """The step to mark: where truncation changed phase, else where repetition did."""
+    onsets = {"truncation": diagnosis.onset, "repetition": diagnosis.repetition_onset}
+    for what, onset in onsets.items():
+        if onset.step is not None:
+            interval = onset.interval
+            keys = [Key(f"onset of {what}, step {onset.step}", "ink", "mark")]
+            if interval is not None and interval[0] < interval[1]:
+                keys.append(Key(f"its 95% interval, {interval[0]} to {interval[1]}", "ink", "band"))
+            return Mark(onset.step, interval), tuple(keys)
+    return None, ()
 
 
-def _worst(rows: Sequence[Mapping[str, Any]], repetition: RepetitionConfig) -> list[_Worst]:
-    """The rollouts with the most repetitive tokens, the longest first among equals."""
-    counted: list[tuple[int, Mapping[str, Any]]] = []
-    for row in rows:
-        labels = repetitive_tokens(row["completion_ids"], repetition.ngram, repetition.min_run)
-        counted.append((int(labels.sum()), row))
-    counted.sort(key=lambda pair: (pair[0], len(pair[1]["completion_ids"])), reverse=True)
+def _over_rollouts(diagnosis: Diagnosis) -> list[Picture]:
+    """The length histogram and the figures by position."""
+    summary, unit = diagnosis.summary, diagnosis.summary.parameters.unit
+    if not summary.overall.num_rollouts:
+        return []
+    profiles = distributions.read_profiles(summary.positions, diagnosis.onset.step)
+    keys = [Key("ended by itself", "a1", "fill")]
+    if summary.truncation_source == "unknown":
+        keys = [Key("rollouts", "a1", "fill")]
+    if summary.histogram.truncated.any():
+        keys.append(Key("cut off", "a0", "hatch"))
+    if summary.budget is not None:
+        keys.append(Key(f"budget, {summary.budget:,} {summary.length_unit}", "ink", "budget"))
+    lines = ("line", "dashed") if len(profiles) > 1 else ("line",)
     return [
-        _Worst(
-            prompt=_shorten(_text(row["prompt"])),
-            completion=_shorten(row["completion"]),
-            tokens=len(row["completion_ids"]),
-            repetitive=repetitive,
-            stop_reason="cut off by the budget" if row["stop_reason"] == "length" else "stopped",
-            correct=GRADES[row.get("correct")],
-        )
-        for repetitive, row in counted[:WORST_ROLLOUTS]
+        Picture(
+            "Lengths of all rollouts",
+            tuple(keys),
+            (
+                draw_image(
+                    "Rollouts by length",
+                    "number of rollouts",
+                    _describe_lengths(summary),
+                    lambda theme: distributions.length_figure(summary, theme),
+                ),
+            ),
+        ),
+        Picture(
+            "By position in the rollout, from its first to its last; places with fewer than "
+            f"{distributions.MIN_UNITS} {unit} are left out",
+            tuple(
+                Key(profile.name, color, shape)
+                for profile, color, shape in zip(profiles, ("a1", "a0"), lines, strict=False)
+            ),
+            (
+                draw_image(
+                    "Mean advantage by position",
+                    "nats per token",
+                    f"Mean advantage by position, {_extent(profiles, 'advantage')}.",
+                    lambda theme: distributions.advantage_figure(profiles, unit, theme),
+                ),
+                draw_image(
+                    f"Repetitive {unit} by position",
+                    f"share of {unit}",
+                    f"Repetitive share by position, {_extent(profiles, 'repetitive')}.",
+                    lambda theme: distributions.repetition_figure(profiles, unit, theme),
+                ),
+            ),
+        ),
     ]
 
 
-def _text(prompt: str | list[dict[str, str]]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+def _describe_lengths(summary: Summary) -> str:
+    overall = summary.overall
+    lengths = (overall.median_length, overall.p90_length, overall.max_length)
+    median, p90, longest = (number(length, ",.0f") for length in lengths)
+    return (
+        f"Histogram of lengths in {summary.length_unit}: median {median}, 90% up to {p90}, "
+        f"longest {longest}."
+    )
 
 
-def _shorten(text: str) -> str:
-    left_out = len(text) - SHOWN_CHARACTERS
-    if left_out <= 0:
-        return text
-    half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]}\n[... {left_out:,} characters left out ...]\n{text[-half:]}"
+def _extent(profiles: Sequence[distributions.Profile], field: str) -> str:
+    said: list[str] = []
+    for profile in profiles:
+        values = getattr(profile, field)
+        known = values[np.isfinite(values)]
+        if len(known):
+            said.append(f"{profile.name} from {known.min():.3g} to {known.max():.3g}")
+    return "; ".join(said) or "not measured"
+
+
+def _evaluation_key(arms: Arms) -> tuple[Key, ...]:
+    return (Key("held-out problems", "ink", "dots"),) if has_evaluations(arms) else ()
+
+
+def _when(onset: Onset) -> str:
+    """The onset as a phrase; "" without one."""
+    if onset.step is None:
+        return ""
+    what = {"rise": "Onset", "healed": "Rise that healed", "fall": "Fall"}.get(onset.kind, "Onset")
+    said = f"{what}: step {onset.step}"
+    if onset.interval is not None and onset.interval[0] < onset.interval[1]:
+        said += f" (95% interval {onset.interval[0]} to {onset.interval[1]})"
+    width = "within one step" if onset.width < 1 else f"over {onset.width:.0f} steps"
+    return (
+        f"{said}, {width}, TruncRate {number(onset.before, '.2f')} to {number(onset.after, '.2f')}"
+    )
+
+
+def _numbers(diagnosis: Diagnosis) -> list[_Number]:
+    """What was measured at the first step and at the last, and how much was read."""
+    summary = diagnosis.summary
+    made: list[_Number] = []
+    for label, key, field, form in NUMBERS:
+        name = label.format(unit=summary.parameters.unit, length_unit=summary.length_unit)
+        given = [line.get(key) for line in diagnosis.lines]
+        values = [v for v in given if isinstance(v, int | float) and math.isfinite(v)]
+        overall = getattr(summary.overall, field) if field else math.nan
+        if len(values) > 1:
+            made.append(_Number(name, format(values[0], form), format(values[-1], form)))
+        elif values or math.isfinite(overall):
+            made.append(_Number(name, "", format(values[0] if values else overall, form)))
+    if summary.overall.num_rollouts:
+        made.append(_Number("Rollouts read", "", f"{summary.overall.num_rollouts:,}"))
+    steps = sorted({line["step"] for line in diagnosis.lines if line.get("step", 0) > 0})
+    if steps:
+        many = len(steps) > 1
+        made.append(_Number("Steps", f"{steps[0]}" if many else "", f"{steps[-1]}"))
+    return made
+
+
+def _table(sections: Sequence[_Section]) -> list[tuple[str, list[_Number]]]:
+    """The numbers of all runs beside each other, a row for each that any of them has."""
+    labels = dict.fromkeys(entry.label for section in sections for entry in section.numbers)
+    known = [{entry.label: entry for entry in section.numbers} for section in sections]
+    return [(label, [run.get(label, _Number(label, "", "–")) for run in known]) for label in labels]

@@ -1,0 +1,1 @@
+"""Diagnosing a run from files alone: reading, measuring, judging, showing, watching."""

@@ -1,0 +1,375 @@
+"""From a run folder, or the rollout dumps of another framework, to a diagnosis."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stableopd.config import RepetitionConfig
+from stableopd.diagnostics.alarm import Alarm, Level, advance
+from stableopd.diagnostics.collect import Collector
+from stableopd.diagnostics.evidence import Facts
+from stableopd.diagnostics.onset import Onset, find_onset
+from stableopd.diagnostics.overlap import find_agreement
+from stableopd.diagnostics.summary import Parameters, Summary
+from stableopd.diagnostics.verdict import Diagnosis, judge
+from stableopd.integrations.dumps import Dump, open_dump
+from stableopd.runfolder import RunFolder
+from stableopd.types import DataError, RunFolderError
+
+__all__ = [
+    "Reading",
+    "diagnose_dump",
+    "diagnose_run",
+    "is_run_folder",
+    "lines_of",
+    "measure",
+    "open_paths",
+]
+
+OnBytes = Callable[[int], None]
+
+# Re-tokenised text is a little shorter than what was sampled: other splits, no stop token.
+RETOKENISED_TOLERANCE = 0.02
+
+# A share of looping rollouts that RepRate should show.
+SOME_LOOPS = 0.05
+
+# Named in a note before it says how many more there are.
+SHOWN_PROBLEMS = 3
+
+# The names of docs/metrics.md for what rollouts alone tell.
+METRICS = {
+    "rollout/mean_length": "mean_length",
+    "rollout/truncation_rate": "truncation_rate",
+    "rollout/repetition_rate": "repetition_rate",
+    "rollout/repetitive_share": "repetitive_share",
+    "rollout/accuracy": "accuracy",
+    "advantage/mean": "advantage",
+    "advantage/repetitive_mean": "repetitive_advantage",
+    "advantage/regular_mean": "regular_advantage",
+    "advantage/repetitive_weight": "repetitive_weight",
+    "logp/student_mean": "student_logp",
+    "logp/teacher_mean": "teacher_logp",
+    "stop/student_logp": "student_stop_logp",
+    "stop/teacher_logp": "teacher_stop_logp",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a dump is to be read.
+
+    Attributes:
+        format: A format of `open_dump`; "auto" detects it.
+        mapping: Role to column, for files of no known format.
+        strict: Whether a damaged line is an error.
+        max_new_tokens: The length budget of the run; None where it is not known.
+        tokenizer: Text to token ids, for dumps that have only text.
+        window_chars: L of RepRate.
+        ratio: tau of RepRate.
+        ngram: n of the token labels; None takes the default of the unit.
+        min_run: Shortest run of repetitive units that counts.
+        answer_marker: What stands before a final answer; "" looks for the usual phrases.
+    """
+
+    format: str = "auto"
+    mapping: Mapping[str, str] | None = None
+    strict: bool = False
+    max_new_tokens: int | None = None
+    tokenizer: Callable[[str], Sequence[int]] | None = None
+    window_chars: int = 10_000
+    ratio: float = 10.0
+    ngram: int | None = None
+    min_run: int = 0
+    answer_marker: str = ""
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a path is the folder of a run of this program."""
+    others = ("environment.json", "metrics.jsonl", "rollouts")
+    return (path / "config.toml").is_file() and any((path / name).exists() for name in others)
+
+
+def diagnose_run(folder: RunFolder, on_bytes: OnBytes | None = None) -> Diagnosis:
+    """Diagnose a run of this program from its folder.
+
+    Args:
+        folder: The run, finished or not.
+        on_bytes: Told of bytes as they are read.
+
+    Returns:
+        The diagnosis. Steps whose rollouts were not kept count by their line of metrics.
+
+    Raises:
+        RunFolderError: The folder cannot be read.
+        DataError: Its rollouts cannot be read.
+    """
+    table = _config_table(folder)
+    repetition = _repetition(table)
+    marker = table.get("data", {}).get("answer_marker", "")
+    budget = table.get("rollout", {}).get("max_new_tokens")
+    collector = Collector(
+        Parameters(repetition.window_chars, repetition.ratio, repetition.ngram, repetition.min_run),
+        max_new_tokens=budget if isinstance(budget, int) else None,
+        answer_marker=marker if isinstance(marker, str) else "",
+    )
+    notes: list[str] = []
+    if folder.rollout_steps():
+        dump = open_dump([folder.path / "rollouts"], format="stableopd")
+        _collect(collector, dump, on_bytes)
+        notes += _damage(dump)
+    else:
+        notes.append("The run kept no rollouts.")
+    summary = collector.summary()
+    environment = _environment(folder)
+    return _diagnosis(
+        folder.path.name,
+        "run folder",
+        summary,
+        tuple(folder.metrics()),
+        _facts(table, environment),
+        [*notes, *collector.notes],
+        config=folder.config_text(),
+        environment=json.dumps(environment, indent=2, ensure_ascii=False) if environment else "",
+    )
+
+
+def open_paths(paths: Sequence[Path], reading: Reading) -> Dump:
+    """Open the dumps of one run of any framework; nothing but their beginning is read yet.
+
+    Args:
+        paths: Files and folders.
+        reading: How to read them.
+
+    Returns:
+        The dump.
+
+    Raises:
+        DataError: Nothing usable is there, or formats are mixed.
+    """
+    return open_dump(
+        paths,
+        format=reading.format,
+        mapping=reading.mapping,
+        strict=reading.strict,
+        tokenizer=reading.tokenizer,
+    )
+
+
+def diagnose_dump(dump: Dump, reading: Reading, on_bytes: OnBytes | None = None) -> Diagnosis:
+    """Diagnose rollout dumps.
+
+    Args:
+        dump: What `open_paths` returned; read to its end here.
+        reading: How it was opened.
+        on_bytes: Told of bytes as they are read.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        DataError: No rollout is in it, or (strict) a line is damaged.
+    """
+    summary, notes = measure(dump, reading, on_bytes)
+    name = str(dump.files[0] if dump.num_files == 1 else os.path.commonpath(dump.files))
+    if not summary.overall.num_rollouts:
+        raise DataError(
+            f"{name}: no rollout could be read ({dump.num_damaged} damaged lines): "
+            f"{dump.damaged[0] if dump.damaged else 'the files are empty'}."
+        )
+    lines = lines_of(summary)
+    return _diagnosis(name, dump.format_name, summary, lines, Facts(), notes)
+
+
+def measure(
+    dump: Dump, reading: Reading, on_bytes: OnBytes | None = None
+) -> tuple[Summary, list[str]]:
+    """Measure all rollouts of a dump; arguments as in `diagnose_dump`.
+
+    Returns:
+        The measurements, and sentences about what was damaged or assumed.
+    """
+    retokenised = reading.tokenizer is not None
+    parameters = Parameters(reading.window_chars, reading.ratio, min_run=reading.min_run)
+    if reading.ngram is not None:
+        parameters = dataclasses.replace(parameters, ngram=reading.ngram)
+    collector = Collector(
+        parameters,
+        max_new_tokens=reading.max_new_tokens,
+        tolerance=RETOKENISED_TOLERANCE if retokenised else 0.0,
+        answer_marker=reading.answer_marker,
+    )
+    _collect(collector, dump, on_bytes)
+    notes = [*_damage(dump), *collector.notes]
+    if retokenised and dump.lengths_are_retokenised:
+        notes.append("Lengths were counted by tokenizing the text again: they may be a little off.")
+    return collector.summary(), notes
+
+
+def lines_of(summary: Summary) -> tuple[dict[str, Any], ...]:
+    """One mapping a step with the names of docs/metrics.md, of what the rollouts tell.
+
+    Args:
+        summary: Measurements by step.
+
+    Returns:
+        The lines in order; a name without a number is left out.
+    """
+    lines: list[dict[str, Any]] = []
+    for entry in summary.by_step:
+        values = {name: getattr(entry.measures, field) for name, field in METRICS.items()}
+        lines.append({"step": entry.step} | {k: v for k, v in values.items() if math.isfinite(v)})
+    return tuple(lines)
+
+
+def _collect(collector: Collector, dump: Dump, on_bytes: OnBytes | None) -> None:
+    for records in dump.batches(on_bytes):
+        collector.add(records)
+
+
+def _diagnosis(
+    name: str,
+    source: str,
+    summary: Summary,
+    lines: Sequence[Mapping[str, Any]],
+    facts: Facts,
+    notes: Sequence[str],
+    config: str = "",
+    environment: str = "",
+) -> Diagnosis:
+    counts = {entry.step: entry.measures.num_rollouts for entry in summary.by_step}
+    onset = _onset(lines, "rollout/truncation_rate", counts)
+    repetition = _onset(lines, "rollout/repetitive_share", counts)
+    alarm, warned_at, alarmed_at = _replay(lines)
+    said = [
+        f"The alarm of the training loop would have said {level} at step {step}."
+        for level, step in (("WARN", warned_at), ("COLLAPSE", alarmed_at))
+        if step is not None
+    ]
+    return Diagnosis(
+        name=name,
+        source=source,
+        summary=summary,
+        lines=tuple(lines),
+        onset=onset,
+        repetition_onset=repetition,
+        verdict=judge(summary, lines, onset, repetition, facts, alarm),
+        notes=tuple(
+            note
+            for note in (
+                *notes,
+                *_how_truncation(summary),
+                *_about_window(summary),
+                find_agreement(lines).text(),
+                *said,
+            )
+            if note
+        ),
+        config=config,
+        environment=environment,
+        warned_at=warned_at,
+        alarmed_at=alarmed_at,
+        alarm=alarm,
+    )
+
+
+def _replay(lines: Sequence[Mapping[str, Any]]) -> tuple[Alarm, int | None, int | None]:
+    """What the alarm would have said: its last state, the first WARN, the first COLLAPSE."""
+    alarm, first = Alarm(), dict[Level, int]()
+    for line in lines:
+        alarm = advance(alarm, line)
+        first.setdefault(alarm.level, int(line["step"]))
+    return alarm, first.get(Level.WARN), first.get(Level.COLLAPSE)
+
+
+def _onset(lines: Sequence[Mapping[str, Any]], metric: str, counts: Mapping[int, int]) -> Onset:
+    known = [line for line in lines if isinstance(line.get(metric), int | float)]
+    steps = [int(line["step"]) for line in known]
+    typical = float(np.median(list(counts.values()))) if counts else None
+    sizes = None if typical is None else [counts.get(step, typical) for step in steps]
+    return find_onset(steps, [float(line[metric]) for line in known], sizes)
+
+
+def _how_truncation(summary: Summary) -> list[str]:
+    budget = f"{summary.budget:,} {summary.length_unit}" if summary.budget else "the budget"
+    said = {
+        "file": "Which rollouts were cut off is in the files.",
+        "max-new-tokens": f"Rollouts as long as {budget} (--max-new-tokens) count as cut off.",
+        "pile-up": f"The files do not say which rollouts were cut off. Lengths pile up at "
+        f"{budget}, the longest there is: rollouts of that length count as cut off.",
+    }
+    # Where it is unknown, the verdict says so.
+    known = summary.overall.num_rollouts and summary.truncation_source in said
+    return [said[summary.truncation_source]] if known else []
+
+
+def _about_window(summary: Summary) -> list[str]:
+    """A word about L where rollouts repeat themselves and RepRate is 0 by its definition."""
+    overall, window = summary.overall, summary.parameters.window_chars
+    if overall.repetition_rate == 0 and overall.loop_share >= SOME_LOOPS:
+        return [
+            f"{overall.loop_share:.0%} of the rollouts end in a loop, and RepRate is 0: it counts "
+            f"rollouts longer than L = {window:,} characters alone. Scale L with the budget "
+            "(--window-chars; in a run, [repetition] window_chars)."
+        ]
+    return []
+
+
+def _damage(dump: Dump) -> list[str]:
+    """What could not be read: whole lines, single values, files."""
+    said = [
+        f"{count:,} {what}: {'; '.join(named[:SHOWN_PROBLEMS])}"
+        + (f"; and {count - SHOWN_PROBLEMS:,} more." if count > SHOWN_PROBLEMS else ".")
+        for count, what, named in (
+            (dump.num_damaged, "damaged lines were left out", dump.damaged),
+            (dump.num_dropped, "values could not be used", dump.dropped),
+        )
+        if count
+    ]
+    if dump.left_out:
+        files = ", ".join(file.name for file in dump.left_out[:SHOWN_PROBLEMS])
+        more = ", ..." if len(dump.left_out) > SHOWN_PROBLEMS else ""
+        said.append(f"{len(dump.left_out):,} files were passed over: {files}{more}.")
+    return said
+
+
+def _config_table(folder: RunFolder) -> dict[str, Any]:
+    # Read without the checks of `config.load`, so that a run of another version can be diagnosed.
+    try:
+        return tomllib.loads(folder.config_text())
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _repetition(table: Mapping[str, Any]) -> RepetitionConfig:
+    given = table.get("repetition", {})
+    known = {k: v for k, v in given.items() if k in RepetitionConfig.__dataclass_fields__}
+    return RepetitionConfig(**known)
+
+
+def _environment(folder: RunFolder) -> dict[str, Any]:
+    try:
+        return folder.environment()
+    except RunFolderError:
+        return {}
+
+
+def _facts(table: Mapping[str, Any], environment: Mapping[str, Any]) -> Facts:
+    stops = environment.get("stops") or {}
+
+    def ids(name: str) -> tuple[int, ...] | None:
+        value = stops.get(name)
+        return tuple(value) if isinstance(value, list) else None
+
+    mode = stops.get("mode") or table.get("objective", {}).get("stop")
+    return Facts(mode, ids("student_ids"), ids("teacher_ids"))

@@ -1,0 +1,96 @@
+"""What tells runs apart: the fields of their configurations that differ."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stableopd.config import PRESETS
+
+__all__ = ["differences", "name_by_differences", "read_settings", "settings_key"]
+
+METHOD = "objective.method"
+
+# Runs that differ in these alone are seeds of one arm.
+OF_A_SEED = {"run.seed", "run.output", "run.device", "run.trackers"}
+
+Settings = Mapping[str, Any]
+
+
+def read_settings(config: str) -> dict[str, Any]:
+    """Read a config.toml into "section.key" to value; empty for "" and for what is not TOML."""
+    try:
+        table = tomllib.loads(config)
+    except tomllib.TOMLDecodeError:
+        return {}
+    return {
+        f"{section}.{key}": value
+        for section, values in table.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
+
+
+def settings_key(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """What is equal for two runs exactly if they are seeds of one arm."""
+    return tuple(sorted((k, repr(v)) for k, v in settings.items() if k not in OF_A_SEED))
+
+
+def differences(settings: Sequence[Settings]) -> list[tuple[str, list[str]]]:
+    """The fields in which arms differ, with the value of each arm.
+
+    Args:
+        settings: Those of one run of each arm; an empty one (a dump) differs from none.
+
+    Returns:
+        Field and values as text, "–" where an arm does not have it; in the order of config.toml.
+    """
+    known = [entry for entry in settings if entry]
+    fields = dict.fromkeys(k for entry in known for k in entry if k not in OF_A_SEED)
+    return [
+        (field, [_shown(entry, field) for entry in settings])
+        for field in fields
+        if len({_shown(entry, field) for entry in known}) > 1
+    ]
+
+
+def name_by_differences(settings: Sequence[Settings]) -> list[str]:
+    """Name arms by what differs between them: "opd", or "stable_opd, lambda_gold = 0.1".
+
+    The method comes first. What it presets is left out, where the value is the preset's.
+
+    Args:
+        settings: Those of one run of each arm, none of them empty.
+
+    Returns:
+        One name for each, all different where the settings are.
+    """
+    fields = [field for field, _ in differences(settings)]
+    keys = [field.partition(".")[2] for entry in settings for field in {*entry}]
+    sections = {key: {f for e in settings for f in e if f.endswith(f".{key}")} for key in keys}
+    names: list[str] = []
+    for entry in settings:
+        method = entry.get(METHOD)
+        preset = PRESETS.get(method, {}) if METHOD in fields and isinstance(method, str) else {}
+        parts = [f"{method}"] if METHOD in fields else []
+        for field in fields:
+            key = field.partition(".")[2]
+            is_preset = field.startswith("objective.") and preset.get(key) == entry.get(field)
+            if field != METHOD and not (key in preset and is_preset):
+                short = key if len(sections[key]) == 1 else field
+                parts.append(f"{short} = {_shown(entry, field)}")
+        # Nothing differs where there is one arm alone.
+        names.append(", ".join(parts) or str(method or "run"))
+    return names
+
+
+def _shown(settings: Settings, field: str) -> str:
+    value = settings.get(field)
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value) if value != "" else '""'
