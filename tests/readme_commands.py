@@ -2,8 +2,9 @@
 
     python tests/readme_commands.py README.md
 
-A block is checked when `<!-- checked -->` stands right above its opening fence. Run folders named
-in the commands are removed first, so that the page can be checked again.
+A block is checked when `<!-- checked -->` stands right above its opening fence, and expects exit
+code 0; `<!-- checked: 1 -->` expects 1. Run folders named in the commands are removed first, so
+that the page can be checked again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BLOCK = re.compile(r"<!-- checked -->\n```bash\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"<!-- checked(?:: (\d+))? -->\n```bash\n(.*?)```", re.DOTALL)
 
 
 def main(page: str) -> None:
@@ -23,15 +24,16 @@ def main(page: str) -> None:
     if not blocks:
         sys.exit(f"{page}: no checked block")
     for folder in {
-        name for block in blocks for name in re.findall(r"run\.output=(runs/[\w-]+)", block)
+        name for _, block in blocks for name in re.findall(r"run\.output=(runs/[\w-]+)", block)
     }:
         shutil.rmtree(folder, ignore_errors=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for block in blocks:
+    for code, block in blocks:
         print(f"$ {block.strip()}", flush=True)
-        subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block], check=True, env={**os.environ, "PATH": path}
-        )
+        command = ["bash", "-euo", "pipefail", "-c", block]
+        done = subprocess.run(command, check=False, env={**os.environ, "PATH": path})
+        if done.returncode != int(code or 0):
+            sys.exit(f"{page}: exit code {done.returncode}, not {code or 0}:\n{block}")
     print(f"{len(blocks)} blocks of {page} ran.")
 
 
