@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stableopd.config import Config
     from stableopd.config import load as load_config
+    from stableopd.diagnose.runs import diagnose_run
     from stableopd.runfolder import RunFolder
     from stableopd.training.loop import train
     from stableopd.training.setup import prepare
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "config",
+    "diagnose_run": "diagnose.runs",
     "load_config": "config:load",
     "Prompt": "types",
     "Rollout": "types",
@@ -40,6 +42,7 @@ __all__ = [
     "StableOPDError",
     "StopReason",
     "__version__",
+    "diagnose_run",
     "load_config",
     "prepare",
     "train",
