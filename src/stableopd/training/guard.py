@@ -144,6 +144,9 @@ def spared(guard: Guard, checkpoints: Iterable[int], config: Config) -> set[int]
     usable = _usable(guard, checkpoints, config.run.save_every)
     # Where accuracy falls, the alarm takes all back that it said since the best evaluation.
     safe = min(last_ok, best.step) if best else last_ok
+    if config.alarm.action != "rollback":
+        # One to go back to by hand, or with --resume --set alarm.action=rollback.
+        return {_newest(usable, safe)}
     later = min((step for step in usable if step > last_ok), default=0)
     return {_newest(usable, last_ok), _newest(usable, safe), later}
 
