@@ -27,7 +27,7 @@ from stableopd.diagnose.command import read_runs
 from stableopd.report import figures
 from stableopd.report.page import write_page
 from stableopd.runfolder import RunFolder
-from stableopd.terminal import LiveView, table
+from stableopd.terminal import LiveView, alarm_message, table
 from stableopd.types import RunFolderError, TrainingError
 
 __all__ = ["run_demo"]
@@ -40,17 +40,23 @@ FINAL_STEPS = 5
 
 @dataclass
 class _Arm:
-    """One arm of the demo: its folder, its process, and how much of its metrics was shown."""
+    """One arm of the demo: its folder, its process, and how much of it was shown."""
 
     name: str
     path: Path
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     num_shown: int = 0
+    num_told: int = 0
 
     def lines(self) -> list[dict[str, Any]]:
-        has_run = (self.path / "config.toml").is_file()
-        return RunFolder.open(self.path).metrics() if has_run else []
+        return RunFolder.open(self.path).metrics() if self._has_run() else []
+
+    def events(self) -> list[dict[str, Any]]:
+        return RunFolder.open(self.path).events() if self._has_run() else []
+
+    def _has_run(self) -> bool:
+        return (self.path / "config.toml").is_file()
 
 
 def run_demo(output: Path, overrides: Sequence[str]) -> None:
@@ -140,6 +146,10 @@ def _watch(view: LiveView, arms: Sequence[_Arm]) -> None:
             for line in lines[arm.num_shown :]:
                 view.update(arm.name, line)
             arm.num_shown = max(arm.num_shown, len(lines))
+            events = arm.events()
+            for event in events[arm.num_told :]:
+                view.message(f"{arm.name}: {alarm_message(event)}")
+            arm.num_told = max(arm.num_told, len(events))
             _require_success(arm)
         if running:
             time.sleep(POLL_SECONDS)
