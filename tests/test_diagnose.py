@@ -242,6 +242,26 @@ def test_watch_reads_the_files_of_another_framework_as_they_come(collapsed, tmp_
     assert [entry.line["step"] for entry in seen] == list(range(1, len(seen) + 1))
 
 
+def test_a_run_that_rolled_back_is_judged_by_what_came_after(collapsed, healthy, tmp_path):
+    """The lines of the collapsed student stay, up to the step of the rollback."""
+    run = run_parts.RunFolder.create(tmp_path / "rescued", collapsed.config_text(), {})
+    rolled_back = diagnose_run(collapsed).alarmed_at
+    assert rolled_back
+    for bad, good in zip(collapsed.metrics(), healthy.metrics(), strict=True):
+        line = bad if bad["step"] <= rolled_back else good
+        mark = {"alarm/restored_step": 10} if line["step"] == rolled_back else {}
+        run.append_metrics(line | mark)
+        source = collapsed if line is bad else healthy
+        run.write_rollouts(line["step"], source.rollouts(line["step"]))
+    found = diagnose_run(run)
+    assert not found.verdict.collapsed
+    assert found.alarm.level is Level.OK
+    assert found.alarmed_at == rolled_back
+    assert f"After step {rolled_back} the run put the student of step 10 back." in found.notes
+    assert [seen.alarm.level for seen in watch(run.path, Reading(), lambda: False)][-1] is Level.OK
+    assert tiny.run_cli("diagnose", run.path)[0] == 0
+
+
 def test_watch_follows_one_folder(collapsed, tmp_path):
     for arguments in ((collapsed.path, tmp_path), (collapsed.path / "config.toml",)):
         code, out, err = tiny.run_cli("diagnose", *arguments, "--watch")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stableopd.config import RepetitionConfig
-from stableopd.diagnostics.alarm import Alarm, Level, advance
+from stableopd.diagnostics.alarm import Alarm, Level, advance, after_rollback
 from stableopd.diagnostics.collect import Collector
 from stableopd.diagnostics.evidence import Facts
 from stableopd.diagnostics.onset import Onset, find_onset
@@ -28,6 +28,7 @@ from stableopd.types import DataError, RunFolderError
 
 __all__ = [
     "Reading",
+    "ask",
     "diagnose_dump",
     "diagnose_run",
     "is_run_folder",
@@ -40,6 +41,9 @@ OnBytes = Callable[[int], None]
 
 # Re-tokenised text is a little shorter than what was sampled: other splits, no stop token.
 RETOKENISED_TOLERANCE = 0.02
+
+# In the line of the step after which a run put an earlier student back.
+RESTORED = "alarm/restored_step"
 
 # A share of looping rollouts that RepRate should show.
 SOME_LOOPS = 0.05
@@ -256,6 +260,11 @@ def _diagnosis(
         for level, step in (("WARN", warned_at), ("COLLAPSE", alarmed_at))
         if step is not None
     ]
+    said += [
+        f"After step {line['step']} the run put the student of step {line[RESTORED]} back."
+        for line in lines
+        if line.get(RESTORED) is not None
+    ]
     return Diagnosis(
         name=name,
         source=source,
@@ -287,9 +296,25 @@ def _replay(lines: Sequence[Mapping[str, Any]]) -> tuple[Alarm, int | None, int 
     """What the alarm would have said: its last state, the first WARN, the first COLLAPSE."""
     alarm, first = Alarm(), dict[Level, int]()
     for line in lines:
-        alarm = advance(alarm, line)
-        first.setdefault(alarm.level, int(line["step"]))
+        alarm = ask(alarm, line)
+        level = Level.COLLAPSE if RESTORED in line else alarm.level
+        first.setdefault(level, int(line["step"]))
     return alarm, first.get(Level.WARN), first.get(Level.COLLAPSE)
+
+
+def ask(alarm: Alarm, line: Mapping[str, Any]) -> Alarm:
+    """The alarm after a line of a run, which may itself have answered a collapse by a rollback.
+
+    Args:
+        alarm: The state before the line.
+        line: A line of metrics.
+
+    Returns:
+        The state after it; after a rollback that of the student that was put back.
+    """
+    alarm = advance(alarm, line)
+    restored = line.get(RESTORED)
+    return alarm if restored is None else after_rollback(alarm, int(restored))
 
 
 def _onset(lines: Sequence[Mapping[str, Any]], metric: str, counts: Mapping[int, int]) -> Onset:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stableopd.diagnose.runs import Reading, is_run_folder, lines_of, measure, open_paths
-from stableopd.diagnostics.alarm import Alarm, Level, advance
+from stableopd.diagnose.runs import Reading, ask, is_run_folder, lines_of, measure, open_paths
+from stableopd.diagnostics.alarm import Alarm, Level
 from stableopd.runfolder import RunFolder
 from stableopd.types import DataError
 
@@ -53,7 +53,7 @@ def watch(path: Path, reading: Reading, wait: Callable[[], bool]) -> Iterator[Se
     lines = _run_lines(RunFolder.open(path), wait) if is_run_folder(path) else None
     alarm = Alarm()
     for line in lines if lines is not None else _dump_lines(path, reading, wait):
-        before, alarm = alarm.level, advance(alarm, line)
+        before, alarm = alarm.level, ask(alarm, line)
         yield Seen(line, alarm, alarm.level is not before)
         if alarm.level is Level.COLLAPSE:
             return
