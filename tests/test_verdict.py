@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from stableopd.diagnostics.alarm import Alarm, Level
 from stableopd.diagnostics.evidence import Facts
 from stableopd.diagnostics.onset import Onset
 from stableopd.diagnostics.summary import (
@@ -20,6 +21,7 @@ from stableopd.diagnostics.verdict import judge
 
 NONE = Onset("none", None, None, 0.0, 0.1, 0.1, 0.1, 0.05, "Truncation stays at 0.10.")
 ROSE = Onset("rise", 50, (48, 53), 12.0, 0.02, 0.95, 0.95, 0.99, "Truncation rose at step 50.")
+TOO_SHORT = dataclasses.replace(NONE, kind="too short", text="Too short: no rates.")
 REPEATED_FIRST = dataclasses.replace(ROSE, step=40, interval=(38, 42))
 REPEATED_LATER = dataclasses.replace(ROSE, step=60, interval=(57, 64))
 
@@ -70,10 +72,10 @@ def test_repetition_is_cause_b():
     assert "-0.10 nats, the teacher's -0.30" in evidence
     assert "against cause A" in evidence
     assert "90% end in a loop" in evidence
-    assert "Repetition rose before truncation: its onset is step 40" in evidence
+    assert "Repetition, share of tokens: truncation rose at step 50. It rose before" in evidence
     assert "-0.020 nats, regular ones -0.200: the update favours repetition" in evidence
     assert "stable_opd" in verdict.advice[0]
-    assert "before step 48" in verdict.advice[-1]
+    assert "a checkpoint of step 37 or earlier" in verdict.advice[-1]
 
 
 def test_a_gap_at_the_first_stops_is_cause_a_and_repetition_its_symptom():
@@ -161,7 +163,45 @@ def test_unknown_truncation():
     assert "--max-new-tokens" in verdict.advice[-1]
     looping = dataclasses.replace(overall, repetitive_share=0.9, loop_share=0.95)
     assert judge(summary(looping, Measures(0)), [], NONE, NONE).cause == "B"
-    assert judge(unknown, [], NONE, ROSE).collapsed
+
+
+def test_a_late_turn_to_repetition_is_told_with_its_step():
+    """Means over the whole run hide it; truncation is unknown, or guessed from lengths."""
+    overall = Measures(480, repetitive_share=0.3, loop_share=0.4)
+    for source, rate in (("unknown", math.nan), ("pile-up", 0.06)):
+        measured = dataclasses.replace(overall, truncation_rate=rate)
+        given = summary(measured, Measures(0), truncation_source=source)
+        verdict = judge(given, [], NONE, REPEATED_FIRST)
+        assert (verdict.cause, verdict.confidence) == ("B", "medium")
+        assert verdict.headline == "Collapse into repetition from step 40 on: cause B, repetition."
+        assert "step 37 or earlier" in verdict.advice[-1]
+        assert any(sentence.startswith("Repetition") for sentence in verdict.evidence)
+    known = summary(dataclasses.replace(overall, truncation_rate=0.06), Measures(0))
+    assert not judge(known, [], NONE, REPEATED_FIRST).collapsed
+
+
+def test_what_the_alarm_calls_a_collapse_at_the_end_is_one():
+    alarm = Alarm(Level.COLLAPSE, "accuracy has halved", step=100, last_ok=20)
+    small = dataclasses.replace(ROSE, after=0.2, end=0.2)
+    verdict = judge(summary(), lines(), small, REPEATED_FIRST, alarm=alarm)
+    assert (verdict.collapsed, verdict.cause, verdict.confidence) == (True, "B", "medium")
+    assert verdict.headline.startswith("Collapse under way from step 50 on")
+    assert "accuracy has halved" in verdict.evidence[-1]
+    assert "step 20 or earlier" in verdict.advice[-1]
+    warned = dataclasses.replace(alarm, level=Level.WARN)
+    assert not judge(summary(), lines(), small, REPEATED_FIRST, alarm=warned).collapsed
+
+
+def test_files_without_steps():
+    verdict = judge(summary(Measures(100, truncation_rate=0.48), steps=0), [], TOO_SHORT, TOO_SHORT)
+    assert verdict.cause == "healthy"
+    assert "0.48 of all rollouts; the files name no steps" in verdict.evidence[0]
+
+
+def test_empty_texts_are_no_healthy_run():
+    verdict = judge(summary(Measures(160, max_length=0.0)), [], NONE, NONE)
+    assert verdict.cause == "too little data"
+    assert "empty" in verdict.headline
 
 
 @pytest.mark.parametrize("count", [0, 1, 15])

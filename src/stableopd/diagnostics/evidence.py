@@ -10,7 +10,7 @@ from typing import Any
 from stableopd.diagnostics.onset import Onset
 from stableopd.diagnostics.summary import Summary
 
-__all__ = ["Clues", "Facts", "find_clues", "say"]
+__all__ = ["Clues", "Facts", "ends_repetitive", "find_clues", "say"]
 
 # Design: as in the audit before training; e^5 is 150 times less likely than under the student.
 STOP_GAP_NATS = 5.0
@@ -118,11 +118,17 @@ def find_clues(
         regular_advantage=_mean(after, "advantage/regular_mean"),
         repeats=cut.repetition_rate >= REPETITION_RATE
         or cut.loop_share >= LOOP_SHARE
-        or cut.repetitive_share >= REPETITIVE_SHARE,
+        or cut.repetitive_share >= REPETITIVE_SHARE
+        or ends_repetitive(repetition_onset),
         repeats_first=_is_first(repetition_onset, onset),
         stop_at_repetition=_stop_at(stops, repetition_onset.step),
         marker_share=summary.marker_share,
     )
+
+
+def ends_repetitive(repetition: Onset) -> bool:
+    """Whether the share of repetitive units rose, and is high at the end."""
+    return repetition.kind == "rise" and repetition.end >= REPETITIVE_SHARE
 
 
 def _stop_at(stops: Sequence[Mapping[str, Any]], step: int | None) -> float:
@@ -154,21 +160,25 @@ def say(
 ) -> tuple[str, ...]:
     """Put the evidence into words, one sentence each; arguments as in `verdict.judge`."""
     said = (
-        _UNKNOWN_TRUNCATION
-        if math.isnan(clues.truncation)
-        else f"Truncation: {_lower(onset.text)}",
-        *_about_stops(clues, facts),
+        _about_truncation(summary, clues, onset),
+        *_about_stops(clues, facts, collapsed),
         *_about_repetition(summary, clues, repetition_onset, collapsed),
     )
     return tuple(sentence for sentence in said if sentence)
 
 
-_UNKNOWN_TRUNCATION = (
-    "Truncation: the files do not say which rollouts were cut off, and no length piles up."
-)
+def _about_truncation(summary: Summary, clues: Clues, onset: Onset) -> str:
+    if math.isnan(clues.truncation):
+        return "Truncation: the files do not say which rollouts were cut off."
+    if not summary.by_step:
+        return (
+            f"Truncation: {clues.truncation:.2f} of all rollouts; the files name no steps, so a "
+            "change cannot be seen."
+        )
+    return f"Truncation: {_lower(onset.text)}"
 
 
-def _about_stops(clues: Clues, facts: Facts) -> list[str]:
+def _about_stops(clues: Clues, facts: Facts, collapsed: bool) -> list[str]:
     said: list[str] = []
     if clues.ids_differ is not None:
         if clues.ids_differ:
@@ -189,7 +199,7 @@ def _about_stops(clues: Clues, facts: Facts) -> list[str]:
             f"At the student's first stops its own log-prob is {clues.student_stop:.2f} nats, the "
             f"teacher's {clues.teacher_stop:.2f}: {meaning}."
         )
-    else:
+    elif collapsed:
         said.append(
             "The files have no log-probs of student and teacher at stops, so cause A can neither "
             "be shown nor ruled out by them."
@@ -209,10 +219,14 @@ def _about_repetition(
     cut, unit = summary.truncated, summary.parameters.unit
     if cut.num_rollouts and not math.isnan(cut.repetitive_share):
         said.append(
-            f"Of the {cut.num_rollouts} cut-off rollouts {_share(cut.loop_share)} end in a loop, "
+            f"Of the {cut.num_rollouts:,} cut-off rollouts {_share(cut.loop_share)} end in a loop, "
             f"RepRate is {_share(cut.repetition_rate)}, and {_share(cut.repetitive_share)} of "
             f"their {unit} are repetitive."
         )
+    if repetition_onset.kind in ("rise", "healed"):
+        order = {True: " It rose before truncation.", False: " It rose after truncation."}
+        told = order.get(clues.repeats_first, "") if clues.repeats_first is not None else ""
+        said.append(f"Repetition, share of {unit}: {_lower(repetition_onset.text)}{told}")
     if not collapsed:
         return said
     # 0 is what texts give whose way of stating an answer is not known.
@@ -220,11 +234,6 @@ def _about_repetition(
         said.append(
             f"In {summary.answered_before_loop:.0%} of those that end in a loop a final answer "
             "stands before the loop begins."
-        )
-    if clues.repeats_first is not None:
-        order = "before" if clues.repeats_first else "after"
-        said.append(
-            f"Repetition rose {order} truncation: its onset is step {repetition_onset.step}."
         )
     if clues.forbids_stops and clues.unlearnt_first:
         said.append(

@@ -19,9 +19,9 @@ from typing import Any, Literal
 from stableopd.diagnostics.alarm import Alarm, Level
 from stableopd.diagnostics.evidence import (
     MARKER_SHARE,
-    REPETITIVE_SHARE,
     Clues,
     Facts,
+    ends_repetitive,
     find_clues,
     say,
 )
@@ -38,6 +38,7 @@ MIN_ROLLOUTS = 16
 # and a rise to .6 says enough.
 COLLAPSED_AFTER_RISE, COLLAPSED_LEVEL = 0.6, 0.9
 
+Sign = Literal["truncation", "repetition", "alarm"]
 Cause = Literal["A", "B", "both", "unclear", "healthy", "too little data"]
 
 
@@ -119,43 +120,61 @@ def judge(
 
     Returns:
         The verdict. A collapse is TruncRate that rose to 0.6 or more and stayed, or that is 0.9 or
-        more throughout; without knowledge of cut-offs, repetition that rose and stayed.
+        more throughout; where cut-offs are unknown or guessed from lengths, also repetition that
+        rose to 0.5 and stayed; and whatever the alarm calls a collapse at the last step.
     """
-    if summary.overall.num_rollouts < MIN_ROLLOUTS:
-        return _too_little(summary.overall.num_rollouts)
+    num_rollouts, alarm = summary.overall.num_rollouts, alarm or Alarm()
+    if num_rollouts < MIN_ROLLOUTS:
+        return _too_little(f"{num_rollouts or 'No'} rollouts: too few to judge")
+    if summary.overall.max_length == 0:
+        return _too_little(f"All {num_rollouts:,} completions are empty: nothing to judge")
     facts = facts or Facts()
     clues = find_clues(summary, lines, onset, repetition_onset, facts)
-    collapsed = _is_collapsed(summary, onset, repetition_onset, clues)
-    evidence = say(summary, clues, onset, repetition_onset, facts, collapsed)
-    if not collapsed:
-        return _healthy(summary, onset, evidence, clues, alarm or Alarm())
+    sign = _sign(summary, onset, repetition_onset, clues, alarm)
+    evidence = say(summary, clues, onset, repetition_onset, facts, bool(sign))
+    if not sign:
+        return _healthy(summary, onset, evidence, clues, alarm)
+    if sign == "alarm":
+        evidence = (*evidence, f"At the last step the alarm says collapse: {alarm.reason}.")
     cause, confidence = _cause(clues)
-    headline = _headline(cause, onset)
-    if cause == "unclear" and onset.kind != "rise":
-        headline = _NEVER_STOPPED
-    return Verdict(cause, True, confidence, headline, evidence, _advice(cause, onset))
+    if sign != "truncation" or summary.truncation_source == "pile-up":
+        confidence = "low" if confidence == "low" else "medium"
+    headline = _headline(sign, cause, onset, repetition_onset)
+    advice = _advice(cause, onset, repetition_onset, alarm)
+    return Verdict(cause, True, confidence, headline, evidence, advice)
 
 
-def _too_little(num_rollouts: int) -> Verdict:
+def _too_little(what: str) -> Verdict:
     return Verdict(
         "too little data",
         False,
         "high",
-        f"{num_rollouts or 'No'} rollouts: too few to judge; {MIN_ROLLOUTS} or more are needed.",
+        f"{what}; {MIN_ROLLOUTS} or more with text are needed.",
         (),
         ("Give the dumps of more steps.",),
     )
 
 
-def _is_collapsed(summary: Summary, onset: Onset, repetition_onset: Onset, clues: Clues) -> bool:
-    if math.isnan(clues.truncation):
-        rose = repetition_onset.kind == "rise" and repetition_onset.end >= REPETITIVE_SHARE
-        return rose or summary.overall.loop_share >= COLLAPSED_LEVEL
+def _sign(
+    summary: Summary, onset: Onset, repetition_onset: Onset, clues: Clues, alarm: Alarm
+) -> Sign | None:
+    """What a collapse shows in; None without one."""
+    if _is_truncated(onset, clues.truncation):
+        return "truncation"
+    # Lengths in a file may pile up by chance: they do not outvote what the texts show.
+    if math.isnan(clues.truncation) or summary.truncation_source == "pile-up":
+        looping = summary.overall.loop_share >= COLLAPSED_LEVEL
+        if looping or ends_repetitive(repetition_onset):
+            return "repetition"
+    return "alarm" if alarm.level is Level.COLLAPSE else None
+
+
+def _is_truncated(onset: Onset, rate: float) -> bool:
     if onset.kind == "rise":
         return onset.end >= COLLAPSED_AFTER_RISE
     if onset.kind in ("healed", "fall"):
         return onset.end >= COLLAPSED_LEVEL
-    return clues.truncation >= COLLAPSED_LEVEL
+    return rate >= COLLAPSED_LEVEL
 
 
 def _cause(clues: Clues) -> tuple[Cause, Literal["high", "medium", "low"]]:
@@ -200,16 +219,27 @@ def _healthy(
     return Verdict("healthy", False, level, headline, evidence, tuple(advice))
 
 
-def _headline(cause: Cause, onset: Onset) -> str:
-    when = "in all of these steps" if onset.step is None else f"from step {onset.step} on"
-    if onset.kind == "too short":
+def _headline(sign: Sign, cause: Cause, onset: Onset, repetition_onset: Onset) -> str:
+    rises = [found for found in (onset, repetition_onset) if found.kind == "rise"]
+    if sign == "truncation" and onset.kind != "rise" and cause == "unclear":
+        return _NEVER_STOPPED
+    turn = onset if sign == "truncation" or not rises else rises[0]
+    when = f"from step {turn.step} on" if turn.kind == "rise" else "in all of these steps"
+    if turn.kind == "too short":
         when = "in these rollouts"
+    if sign == "alarm":
+        when = f"under way from step {turn.step} on" if turn.kind == "rise" else "under way"
+    what = {
+        "truncation": "Truncation collapse",
+        "repetition": "Collapse into repetition",
+        "alarm": "Collapse",
+    }[sign]
     why = {
         "A": "cause A, stop-token mismatch",
         "B": "cause B, repetition",
         "both": "both causes, stop-token mismatch and repetition",
     }.get(cause, "the cause is not visible in these files")
-    return f"Truncation collapse {when}: {why}."
+    return f"{what} {when}: {why}."
 
 
 _NEVER_STOPPED = (
@@ -226,7 +256,7 @@ _STABILISE = (
 )
 
 
-def _advice(cause: Cause, onset: Onset) -> tuple[str, ...]:
+def _advice(cause: Cause, onset: Onset, repetition_onset: Onset, alarm: Alarm) -> tuple[str, ...]:
     cures = {
         "A": (_STOP_AS_EVENT,),
         "B": (_STABILISE,),
@@ -238,7 +268,10 @@ def _advice(cause: Cause, onset: Onset) -> tuple[str, ...]:
             "Look at the worst rollouts: is the budget simply too short for these problems?",
         ),
     )
-    if onset.kind != "rise" or onset.interval is None:
+    rises = [found.interval for found in (onset, repetition_onset) if found.kind == "rise"]
+    healthy = [interval[0] - 1 for interval in rises if interval is not None]
+    if not healthy:
         return cures
-    restart = f"Start again from a checkpoint before step {onset.interval[0]}: it does not heal."
-    return (*cures, restart)
+    # The student can be ill before either rises: the alarm looks at accuracy, too.
+    last = max(0, min(healthy if alarm.last_ok is None else [*healthy, alarm.last_ok]))
+    return (*cures, f"Go back to a checkpoint of step {last} or earlier: this seldom heals.")
