@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,21 @@ def test_a_broken_parquet_file_beside_a_whole_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "role"),
     [
-        ({"student_logprobs": [-1.0]}, "student_logprobs: 1 numbers for 2 tokens"),
+        ({"student_logprobs": [-1.0]}, "student_logprobs: 1 number for 2 tokens"),
         ({"teacher_logprobs": [-1.0, "x"]}, "teacher_logprobs: not a list of numbers"),
         ({"teacher_logprobs": [[1], [2]]}, "teacher_logprobs: not a list of numbers"),
         ({"completion_ids": [1.5, 2]}, "completion_ids: not a list of token ids"),
         ({"completion_ids": "12"}, "completion_ids: not a list of token ids"),
         ({"stop_reason": "because"}, "stop_reason: 'because' is no known reason"),
-        ({"step": 1.5}, "step: 1.5 is not a whole number"),
+        *(({"step": odd}, "step: ") for odd in (1.5, -3, True, "x", 10**26, 2**53 + 2)),
+        *(({"step": odd}, "step: ") for odd in (math.nan, math.inf, [], 1e300)),
+        ({"step": 1.5}, "step: 1.5 is not a whole number from 0 to 2**53"),
+        ({"length": -4, "completion_ids": None}, "length: -4 is not a whole number"),
+        ({"length": 1e300, "completion_ids": None}, "length: 1e+300 is not a whole number"),
+        ({"student_logprobs": [10**400, 1]}, "student_logprobs: not a list of numbers"),
+        ({"completion_ids": [2**63, 1]}, "completion_ids: not a list of token ids"),
+        ({"completion_ids": [math.inf, 1]}, "completion_ids: not a list of token ids"),
+        ({"score": math.inf}, "score: inf is not a finite number"),
         ({"correct": "maybe"}, "correct: 'maybe' is neither yes nor no"),
         ({"length": 5}, "length: 5 for 2 token ids"),
     ],
@@ -122,7 +131,7 @@ def test_a_value_that_cannot_be_used_is_dropped(
 ) -> None:
     row: dict[str, Any] = {"completion": "c", "completion_ids": [1, 2], "length": 2}
     row |= {"student_logprobs": [-1, -2], "teacher_logprobs": [-1, -2], "step": 1}
-    row |= {"correct": True, "stop_reason": "stop"}
+    row |= {"correct": True, "stop_reason": "stop", "score": 1.0}
     mapping = {name: name for name in row}
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | change))

@@ -121,9 +121,72 @@ def test_the_file_goes_before_a_given_budget():
     found = summarise(records, max_new_tokens=100)
     assert (found.truncation_source, found.overall.truncation_rate) == ("file", 0.0)
     collector = Collector(max_new_tokens=100)
-    collector.add([*records, of_length(100)])
-    assert collector.summary().overall.truncation_rate == 1 / 4
-    assert collector.notes[-1] == "1 of 4 rollouts have no stop reason; length decides for 1."
+    collector.add([*records * 10, of_length(100)])
+    assert collector.summary().overall.truncation_rate == 1 / 31
+    assert collector.notes[-1] == "1 of 31 rollouts have no stop reason; length decides for 1."
+
+
+def partly_known(num_unknown, num_rollouts=100):
+    """Rollouts of 100 whose reason is unknown, and shorter ones that are known to have stopped."""
+    known = {"stop_reason": StopReason.STOP, "prompt_id": "a"}
+    records = [of_length(20 + i % 50, **known) for i in range(num_rollouts - num_unknown)]
+    return [*records, *[of_length(100, prompt_id="b") for _ in range(num_unknown)]]
+
+
+def same_but_worst(found, expected):
+    """The list of the worst shows each rollout's reason as the file has it."""
+    found, expected = (dataclasses.replace(each, worst=()) for each in (found, expected))
+    assert as_plain(found) == as_plain(expected)
+
+
+def test_reasons_that_many_rollouts_lack_are_not_trusted():
+    found = summarise(partly_known(5))
+    assert (found.truncation_source, found.overall.truncation_rate) == ("file", 0.0)
+    found = summarise(partly_known(6))
+    assert (found.truncation_source, found.budget) == ("pile-up", 100)
+    assert found.overall.truncation_rate == 0.06
+    assert [entry.truncation_rate for entry in found.by_prompt] == [1.0, 0.0]
+    assert found.histogram.truncated.sum() == 6
+    bare = [dataclasses.replace(r, stop_reason=None) for r in partly_known(6)]
+    same_but_worst(summarise(bare), found)
+
+
+@pytest.mark.parametrize("budget", [60, 100, 500])
+def test_a_given_budget_decides_against_untrusted_reasons(budget):
+    records = partly_known(30)
+    bare = [dataclasses.replace(r, stop_reason=None) for r in records]
+    found, expected = (summarise(r, max_new_tokens=budget) for r in (records, bare))
+    same_but_worst(found, expected)
+    assert found.truncation_source == "max-new-tokens"
+    assert found.overall.truncation_rate == sum(r.num_tokens >= budget for r in records) / 100
+
+
+def test_untrusted_reasons_may_leave_nothing_known():
+    records = partly_known(30)
+    records = [dataclasses.replace(r, num_tokens=20 + i) for i, r in enumerate(records)]
+    collector = Collector(PARAMETERS)
+    collector.add(records)
+    found = collector.summary()
+    assert found.truncation_source == "unknown"
+    rates = [found.overall, found.by_step[0].measures, *found.by_prompt]
+    assert all(math.isnan(entry.truncation_rate) for entry in rates)
+    assert found.histogram.truncated.sum() == 0
+    assert collector.notes[-1] == (
+        "30 of 100 rollouts have no usable stop reason, more than 5%: the reasons of the others "
+        "are not used either, and how many were cut off is unknown."
+    )
+
+
+def test_pile_ups_of_characters_must_be_large():
+    lengths = lengths_of([*range(1, 92), *([100] * 9)])
+    assert is_pile_up(lengths, 9)
+    assert not is_pile_up(lengths, 9, "characters")
+    assert is_pile_up(lengths_of([*range(1, 91), *([100] * 10)]), 10, "characters")
+    for share, source in ((0.05, "unknown"), (0.2, "pile-up")):
+        num = int(100 * share)
+        texts = [*("x" * (i % 70) for i in range(100 - num)), *["y" * 90] * num]
+        found = summarise([Record("made.jsonl", i, text) for i, text in enumerate(texts)])
+        assert (found.length_unit, found.truncation_source) == ("characters", source)
 
 
 def test_budget_of_a_file_is_where_most_were_cut():

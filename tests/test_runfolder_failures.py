@@ -124,7 +124,7 @@ def test_a_read_only_file_system(small_disk):
     folder = RunFolder.create(small_disk / "run", CONFIG, {})
     folder.append_metrics({"step": 1})
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    message = "cannot be written: the file system is read-only; choose another run.output"
+    message = "cannot be written: the file system is read-only; choose another place"
     with pytest.raises(RunFolderError, match=message):
         RunFolder.create(small_disk / "other", CONFIG, {})
     with pytest.raises(RunFolderError, match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,12 +34,19 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    """Run the command line; a user's mistake is one line on standard error and exit code 2.
+
+    A fault of the program's own is a traceback and exit code 70, so that no caller takes it for
+    the answer 1 (a collapse, a FAIL, a run that the alarm stopped).
+    """
     try:
         app()
     except StableOPDError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(70)
 
 
 @app.callback()

@@ -92,8 +92,8 @@ def stop_message(event: Mapping[str, Any], num_steps: int, action: str) -> str:
     said += " Go on all the same with the same command and --resume"
     if action == "stop":
         said += (
-            "; with --set alarm.action=rollback added, the last healthy student is put back and "
-            "the stabilisers are turned on"
+            "; with --set alarm.action=rollback added, the newest healthy checkpoint (the initial "
+            "student, where there is none) is put back and the stabilisers are turned on"
         )
     return f"{said}."
 

@@ -42,6 +42,9 @@ __all__ = [
 # 2 is for what cannot be read, as with every command.
 HEALTHY, COLLAPSED, TOO_LITTLE = 0, 1, 3
 
+# Design: characters of a text that the tokenizer of its writer must know.
+KNOWN_SHARE = 0.5
+
 # What a watcher prints of each step.
 WATCHED = (
     ("TruncRate", "rollout/truncation_rate", ".2f"),
@@ -118,7 +121,8 @@ def diagnose_paths(paths: Sequence[Path], reading: Reading) -> Diagnosis:
     if runs and reading.format in ("auto", "stableopd") and not reading.mapping:
         return read_runs(runs)[0]
     dump = open_paths(paths, reading)
-    print(f"Reading {dump.num_files:,} files as {dump.format_name}.", file=sys.stderr)
+    count = "1 file" if dump.num_files == 1 else f"{dump.num_files:,} files"
+    print(f"Reading {count} as {dump.format_name}.", file=sys.stderr)
     with _progress(dump.num_bytes) as on_bytes:
         return diagnose_dump(dump, reading, on_bytes)
 
@@ -165,10 +169,13 @@ def watch_path(paths: Sequence[Path], reading: Reading, interval_s: float, as_ob
         time.sleep(interval_s)
         return True
 
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     level = Level.OK
     # A watcher is ended by an interrupt: that is no error.
     with contextlib.suppress(KeyboardInterrupt):
-        for seen in watch(paths[0], reading, wait):
+        for seen in watch(paths[0], reading, wait, say):
             level = seen.alarm.level
             _tell(seen, as_object)
     return COLLAPSED if level is Level.COLLAPSE else HEALTHY
@@ -179,6 +186,8 @@ def _tell(seen: Seen, as_object: bool) -> None:
     if as_object:
         told = {"step": step, "level": alarm.level, "reason": alarm.reason}
         print(json.dumps(told), flush=True)
+        return
+    if not any(name in seen.line for _, name, _ in WATCHED):
         return
     numbers = [
         f"{label} {seen.line[name]:{form}}"
@@ -203,6 +212,9 @@ def compare_runs(paths: Sequence[Path], output: Path) -> None:
     from stableopd.report.compare import final_table, group_arms, write_comparison
 
     page_path(output)
+    for place, path in enumerate(paths):
+        if any(path.resolve() == other.resolve() for other in paths[:place]):
+            raise ConfigError(f"{path}: is given twice; each run counts once.")
     arms = group_arms(read_runs(paths))
     write_comparison(arms, output, "Comparison")
     columns, rows, caption = final_table(arms)
@@ -298,4 +310,21 @@ def load_tokenizer(source: str) -> Callable[[str], Sequence[int]]:
         ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    unknown_id = tokenizer.token_to_id(unknown) if unknown else None
+
+    def encode(text: str) -> Sequence[int]:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        known = sum(
+            stop - start
+            for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token != unknown_id
+        )
+        if known < KNOWN_SHARE * len(text.replace(" ", "")):
+            raise ModelError(
+                f"--tokenizer {source}: does not know the text {text[:40]!r}; give the tokenizer "
+                "of the model that wrote it."
+            )
+        return encoding.ids
+
+    return encode

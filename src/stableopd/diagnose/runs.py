@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from stableopd.config import RepetitionConfig
+from stableopd.diagnose.notes import about_window, damage, how_truncation
 from stableopd.diagnostics.alarm import Alarm, Level, advance, after_rollback
 from stableopd.diagnostics.collect import Collector
 from stableopd.diagnostics.evidence import Facts
@@ -44,12 +45,6 @@ RETOKENISED_TOLERANCE = 0.02
 
 # In the line of the step after which a run put an earlier student back.
 RESTORED = "alarm/restored_step"
-
-# A share of looping rollouts that RepRate should show.
-SOME_LOOPS = 0.05
-
-# Named in a note before it says how many more there are.
-SHOWN_PROBLEMS = 3
 
 # The names of docs/metrics.md for what rollouts alone tell.
 METRICS = {
@@ -131,7 +126,7 @@ def diagnose_run(folder: RunFolder, on_bytes: OnBytes | None = None) -> Diagnosi
     if folder.rollout_steps():
         dump = open_dump([folder.path / "rollouts"], format="stableopd")
         _collect(collector, dump, on_bytes)
-        notes += _damage(dump)
+        notes += damage(dump)
     else:
         notes.append("The run kept no rollouts.")
     summary = collector.summary()
@@ -186,6 +181,7 @@ def diagnose_dump(dump: Dump, reading: Reading, on_bytes: OnBytes | None = None)
     """
     summary, notes = measure(dump, reading, on_bytes)
     name = str(dump.files[0] if dump.num_files == 1 else os.path.commonpath(dump.files))
+    name = name or f"{dump.files[0]} and {dump.num_files - 1} more"
     if not summary.overall.num_rollouts:
         raise DataError(
             f"{name}: no rollout could be read ({dump.num_damaged} damaged lines): "
@@ -214,7 +210,7 @@ def measure(
         answer_marker=reading.answer_marker,
     )
     _collect(collector, dump, on_bytes)
-    notes = [*_damage(dump), *collector.notes]
+    notes = [*damage(dump), *dump.notes, *collector.notes]
     if retokenised and dump.lengths_are_retokenised:
         notes.append("Lengths were counted by tokenizing the text again: they may be a little off.")
     return collector.summary(), notes
@@ -277,8 +273,8 @@ def _diagnosis(
             note
             for note in (
                 *notes,
-                *_how_truncation(summary),
-                *_about_window(summary),
+                *how_truncation(summary),
+                *about_window(summary),
                 find_agreement(lines).text(),
                 *said,
             )
@@ -323,49 +319,6 @@ def _onset(lines: Sequence[Mapping[str, Any]], metric: str, counts: Mapping[int,
     typical = float(np.median(list(counts.values()))) if counts else None
     sizes = None if typical is None else [counts.get(step, typical) for step in steps]
     return find_onset(steps, [float(line[metric]) for line in known], sizes)
-
-
-def _how_truncation(summary: Summary) -> list[str]:
-    budget = f"{summary.budget:,} {summary.length_unit}" if summary.budget else "the budget"
-    said = {
-        "file": "Which rollouts were cut off is in the files.",
-        "max-new-tokens": f"Rollouts as long as {budget} (--max-new-tokens) count as cut off.",
-        "pile-up": f"The files do not say which rollouts were cut off. Lengths pile up at "
-        f"{budget}, the longest there is: rollouts of that length count as cut off.",
-    }
-    # Where it is unknown, the verdict says so.
-    known = summary.overall.num_rollouts and summary.truncation_source in said
-    return [said[summary.truncation_source]] if known else []
-
-
-def _about_window(summary: Summary) -> list[str]:
-    """A word about L where rollouts repeat themselves and RepRate is 0 by its definition."""
-    overall, window = summary.overall, summary.parameters.window_chars
-    if overall.repetition_rate == 0 and overall.loop_share >= SOME_LOOPS:
-        return [
-            f"{overall.loop_share:.0%} of the rollouts end in a loop, and RepRate is 0: it counts "
-            f"rollouts longer than L = {window:,} characters alone. Scale L with the budget "
-            "(--window-chars; in a run, [repetition] window_chars)."
-        ]
-    return []
-
-
-def _damage(dump: Dump) -> list[str]:
-    """What could not be read: whole lines, single values, files."""
-    said = [
-        f"{count:,} {what}: {'; '.join(named[:SHOWN_PROBLEMS])}"
-        + (f"; and {count - SHOWN_PROBLEMS:,} more." if count > SHOWN_PROBLEMS else ".")
-        for count, what, named in (
-            (dump.num_damaged, "damaged lines were left out", dump.damaged),
-            (dump.num_dropped, "values could not be used", dump.dropped),
-        )
-        if count
-    ]
-    if dump.left_out:
-        files = ", ".join(file.name for file in dump.left_out[:SHOWN_PROBLEMS])
-        more = ", ..." if len(dump.left_out) > SHOWN_PROBLEMS else ""
-        said.append(f"{len(dump.left_out):,} files were passed over: {files}{more}.")
-    return said
 
 
 def _config_table(folder: RunFolder) -> dict[str, Any]:

@@ -32,19 +32,20 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         console: Where to.
     """
     verdict, summary = diagnosis.verdict, diagnosis.summary
-    what = f"{summary.overall.num_rollouts:,} rollouts"
+    num_rollouts = summary.overall.num_rollouts
+    what = "1 rollout" if num_rollouts == 1 else f"{num_rollouts:,} rollouts"
     if summary.by_step:
         steps = [entry.step for entry in summary.by_step]
         count = "1 step" if len(steps) == 1 else f"{len(steps)} steps"
         what += f" of {count} ({steps[0]} to {steps[-1]})" if len(steps) > 1 else f" of {count}"
-    console.print(Text(f"{diagnosis.name}: {what}, read as {diagnosis.source}."))
+    _sentence(console, Text(f"{diagnosis.name}: {what}, read as {diagnosis.source}."))
     made = table(*_steps_table(summary))
     made.caption = _legend(summary)
     console.print(made)
     color = COLORS.get(verdict.cause, "red")
-    console.print(Text(verdict.headline, style=f"bold {color}"))
+    _sentence(console, Text(verdict.headline, style=f"bold {color}"))
     if verdict.cause != "too little data":
-        console.print(Text(f"Confidence: {verdict.confidence}."))
+        _sentence(console, Text(f"Confidence: {verdict.confidence}."))
     _list(console, "Evidence", verdict.evidence)
     _list(console, "What to do", verdict.advice)
     _list(console, "Notes", diagnosis.notes)
@@ -54,7 +55,12 @@ def _list(console: Console, title: str, sentences: Sequence[str]) -> None:
     if sentences:
         console.print(Text(title, style="bold"))
         for sentence in sentences:
-            console.print(Text(f"- {sentence}"))
+            _sentence(console, Text(f"- {sentence}"))
+
+
+def _sentence(console: Console, text: Text) -> None:
+    # In a file or a pipe a sentence stays one line, so that it can be searched.
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def _steps_table(summary: Summary) -> tuple[list[str], list[list[object]], str]:

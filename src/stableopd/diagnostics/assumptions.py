@@ -5,7 +5,31 @@ from __future__ import annotations
 from stableopd.diagnostics.summary import Parameters
 from stableopd.diagnostics.sums import Sums
 
-__all__ = ["list_assumptions"]
+__all__ = ["list_assumptions", "trusts_reasons"]
+
+# Design: a value that means "cut off" and is not known is missing from just the rollouts that
+# matter; a few aborted rollouts are not.
+_MOST_WITHOUT_REASON = 0.05
+
+_INSTEAD = {
+    "max-new-tokens": "the length decides for all",
+    "pile-up": "the longest ones, whose lengths pile up, count as cut off",
+    "unknown": "how many were cut off is unknown",
+}
+
+
+def trusts_reasons(sums: Sums) -> bool:
+    """Whether the stop reasons of the files tell which rollouts were cut off.
+
+    Args:
+        sums: Sums over all rollouts.
+
+    Returns:
+        False where no rollout has a usable reason, or more than 5% have none. (The rule is the
+        project's.)
+    """
+    without = sums.num_rollouts - sums.num_reasons
+    return sums.num_reasons > 0 and without <= _MOST_WITHOUT_REASON * sums.num_rollouts
 
 
 def list_assumptions(
@@ -15,6 +39,7 @@ def list_assumptions(
     parameters: Parameters,
     length_unit: str,
     max_new_tokens: int | None,
+    source: str,
     num_prompts: int,
     num_without_prompt: int,
 ) -> list[str]:
@@ -26,6 +51,7 @@ def list_assumptions(
         parameters: What was measured.
         length_unit: "tokens" or "characters".
         max_new_tokens: The budget that was given; None for none.
+        source: What cut-offs are told from, as `Summary.truncation_source`.
         num_prompts: Number of prompts told apart.
         num_without_prompt: Rollouts of prompts for which there was no room.
 
@@ -34,11 +60,14 @@ def list_assumptions(
     """
     if not sums.num_rollouts:
         return []
-    notes = [*_on_units(sums, asked, parameters), *_on_lengths(sums, length_unit, max_new_tokens)]
+    notes = _on_units(sums, asked, parameters)
+    notes += _on_lengths(sums, length_unit, max_new_tokens, source)
     if sums.num_not_finite:
         notes.append(
-            f"{sums.num_not_finite:,} log-probs or advantages are not finite: the means leave "
-            "them out."
+            "1 log-prob or advantage is not finite: the means leave it out."
+            if sums.num_not_finite == 1
+            else f"{sums.num_not_finite:,} log-probs or advantages are not finite: the means "
+            "leave them out."
         )
     if sums.num_mismatched:
         notes.append(
@@ -47,8 +76,9 @@ def list_assumptions(
         )
     if num_without_prompt:
         notes.append(
-            f"There are more than {num_prompts:,} prompts: {num_without_prompt:,} rollouts of "
-            "later ones are not counted by prompt."
+            f"There are more than {num_prompts:,} prompts: "
+            f"{num_without_prompt:,} {_rollouts(num_without_prompt)} of later ones "
+            f"{'is' if num_without_prompt == 1 else 'are'} not counted by prompt."
         )
     return notes
 
@@ -73,7 +103,7 @@ def _on_units(sums: Sums, asked: Parameters, parameters: Parameters) -> list[str
     return notes
 
 
-def _on_lengths(sums: Sums, length_unit: str, max_new_tokens: int | None) -> list[str]:
+def _on_lengths(sums: Sums, length_unit: str, max_new_tokens: int | None, source: str) -> list[str]:
     notes: list[str] = []
     unmeasured = sums.num_rollouts - sums.num_lengths
     if unmeasured:
@@ -81,7 +111,13 @@ def _on_lengths(sums: Sums, length_unit: str, max_new_tokens: int | None) -> lis
             f"{_of(unmeasured, sums)} have no length in {length_unit}: the lengths leave them out."
         )
     without = sums.num_rollouts - sums.num_reasons
-    if sums.num_reasons and without:
+    if sums.num_reasons and not trusts_reasons(sums):
+        notes.append(
+            f"{_of(without, sums)} have no usable stop reason, more than "
+            f"{_MOST_WITHOUT_REASON:.0%}: the reasons of the others are not used either, and "
+            f"{_INSTEAD[source]}."
+        )
+    elif sums.num_reasons and without:
         by_length = sums.num_by_budget
         how = f"length decides for {by_length:,}" if by_length else "TruncRate leaves them out"
         notes.append(f"{_of(without, sums)} have no stop reason; {how}.")
@@ -95,3 +131,7 @@ def _on_lengths(sums: Sums, length_unit: str, max_new_tokens: int | None) -> lis
 
 def _of(number: int, sums: Sums) -> str:
     return f"{number:,} of {sums.num_rollouts:,} rollouts"
+
+
+def _rollouts(number: int) -> str:
+    return "rollout" if number == 1 else "rollouts"

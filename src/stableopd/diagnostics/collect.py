@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopd.diagnostics.assumptions import list_assumptions
+from stableopd.diagnostics.assumptions import list_assumptions, trusts_reasons
 from stableopd.diagnostics.endings import ends_in_loop, has_answer, markers_inside, place_loop
 from stableopd.diagnostics.lengths import Lengths, is_pile_up
 from stableopd.diagnostics.loops import Loop, find_loops
 from stableopd.diagnostics.places import PositionSums
 from stableopd.diagnostics.prompt_table import MAX_PROMPTS, PromptTable
 from stableopd.diagnostics.repetition import label_rows, repetition_flags
-from stableopd.diagnostics.summary import Parameters, StepMeasures, Summary
+from stableopd.diagnostics.summary import Parameters, PromptMeasures, StepMeasures, Summary
 from stableopd.diagnostics.sums import Observation, Sums, add, observe, ratio, to_measures
 from stableopd.diagnostics.units import (
     MAX_WORD,
@@ -44,10 +44,14 @@ _NO_IDS = np.zeros(0, dtype=np.int64)
 
 @dataclass(slots=True)
 class _Group:
-    """The rollouts of a step: all, those known to be cut off, and the longest (`top` long)."""
+    """The rollouts of a step: all, those known to be cut off, the longest (`top` long).
+
+    `over` has those over the budget, whatever their reasons.
+    """
 
     every: Sums = field(default_factory=Sums)
     cut: Sums = field(default_factory=Sums)
+    over: Sums = field(default_factory=Sums)
     longest: Sums = field(default_factory=Sums)
     top: int = -1
 
@@ -64,7 +68,8 @@ class Collector:
     A rollout is cut off where its stop reason says so; where it has none, where its length in
     tokens is at least (1 - tolerance) `max_new_tokens`. If neither is known of any rollout, the
     longest ones of all count as cut off where they pile up (`lengths.is_pile_up`); else TruncRate
-    is nan.
+    is nan. Reasons that more than 5% of the rollouts lack are not used: the unknown ones may be
+    just those of the rollouts that were cut off.
     """
 
     def __init__(
@@ -120,19 +125,29 @@ class Collector:
         every, known = self._total("every"), self._total("cut")
         source, budget = self._budget(every, known)
         piled = budget if source == "pile-up" else None
-        cut = known if piled is None else self._total("longest", piled)
-        pile = 0 if piled is None else cut.num_rollouts
+        # The reasons are there, but too many rollouts lack one.
+        by_length = source != "file" and every.num_reasons > 0
+        cut = known
+        if piled is not None:
+            cut = self._total("longest", piled)
+        elif by_length:
+            cut = self._total("over")
+        counted = piled is not None or by_length
+        pile = cut.num_rollouts if counted else 0
+        rate = ratio(pile, every.num_lengths) if counted else None
+        if source == "unknown":
+            rate = math.nan
         edge = self._least_cut if source == "max-new-tokens" else budget
         return Summary(
             parameters=self._parameters,
             length_unit=self._length_unit,
             truncation_source=source,
             budget=budget,
-            overall=to_measures(every, None if piled is None else ratio(pile, every.num_lengths)),
-            by_step=self._by_step(piled),
+            overall=to_measures(every, rate),
+            by_step=self._by_step(source, piled, by_length),
             num_prompts=len(self._prompts),
-            by_prompt=self._prompts.measures(piled),
-            histogram=self._lengths.histogram(edge, pile),
+            by_prompt=self._by_prompt(source, piled, by_length),
+            histogram=self._lengths.histogram(edge, pile, by_length),
             positions=self._positions.positions(),
             worst=self._worst.worst(self._parameters),
             truncated=to_measures(cut, 1.0 if pile else None),
@@ -145,12 +160,14 @@ class Collector:
     def notes(self) -> list[str]:
         """What was assumed or left out so far, one sentence each."""
         self._decide()
+        every = self._total("every")
         return list_assumptions(
-            self._total("every"),
+            every,
             asked=self._asked,
             parameters=self._parameters,
             length_unit=self._length_unit,
             max_new_tokens=self._max_new_tokens,
+            source=self._budget(every, self._total("cut"))[0],
             num_prompts=len(self._prompts),
             num_without_prompt=self._prompts.num_left_out,
         )
@@ -170,17 +187,18 @@ class Collector:
     def _budget(self, every: Sums, known: Sums) -> tuple[str, int | None]:
         """Where the knowledge of cut-offs comes from, and the length at which they happen."""
         given = self._max_new_tokens if self._length_unit == "tokens" else None
-        if every.num_reasons:
+        if trusts_reasons(every):
             most = self._num_longest_cut * 2 >= known.num_lengths > 0
             return "file", given or (self._longest_cut if most else None)
-        if every.num_by_budget:
+        if given is not None and every.num_lengths:
             return "max-new-tokens", given
         longest = self._lengths.maximum
-        if is_pile_up(self._lengths, self._total("longest", longest).num_rollouts):
+        num_longest = self._total("longest", longest).num_rollouts
+        if is_pile_up(self._lengths, num_longest, self._length_unit):
             return "pile-up", longest
         return "unknown", None
 
-    def _by_step(self, piled: int | None) -> tuple[StepMeasures, ...]:
+    def _by_step(self, source: str, piled: int | None, by_length: bool) -> tuple[StepMeasures, ...]:
         found: list[StepMeasures] = []
         for step in self._steps():
             if step is None:
@@ -189,8 +207,20 @@ class Collector:
             if piled is not None:
                 num_cut = group.longest.num_rollouts if group.top == piled else 0
                 rate = ratio(num_cut, group.every.num_lengths)
+            elif by_length:
+                rate = ratio(group.over.num_rollouts, group.every.num_lengths)
+            if source == "unknown":
+                rate = math.nan
             found.append(StepMeasures(step, to_measures(group.every, rate)))
         return tuple(found)
+
+    def _by_prompt(
+        self, source: str, piled: int | None, by_length: bool
+    ) -> tuple[PromptMeasures, ...]:
+        found = self._prompts.measures(piled, by_length)
+        if source != "unknown":
+            return found
+        return tuple(dataclasses.replace(entry, truncation_rate=math.nan) for entry in found)
 
     def _decide(self) -> None:
         """Decide what to measure, if that is open, and measure the rollouts that wait for it."""
@@ -237,6 +267,7 @@ class Collector:
         length = _num_tokens(record)
         if self._length_unit == "characters":
             length = len(record.completion) if _has_text(record) else None
+        over = self._is_over(length)
         seen = Observation(
             record=record,
             labels=labels,
@@ -244,17 +275,20 @@ class Collector:
             ends_in_loop=ends_in_loop(loops, len(row)),
             repetitive_text=flag if _has_text(record) else None,
             length=length,
-            truncated=self._is_cut(record, length),
+            truncated=self._is_cut(record, over),
             other_unit=(units is None) != (self._parameters.unit == "tokens"),
+            over_budget=bool(over),
         )
         one, advantages = observe(seen)
         group = self._groups.setdefault(record.step, _Group())
-        is_top = seen.truncated is None and length is not None and length >= group.top
-        if seen.truncated or is_top:
+        is_top = length is not None and length >= group.top
+        if seen.truncated or over or is_top:
             self._look_at_end(one, seen, loops, units)
         add(group.every, one)
         if seen.truncated:
             add(group.cut, one)
+        if over:
+            add(group.over, one)
         if is_top and length is not None:
             if length > group.top:
                 group.longest, group.top = Sums(), length
@@ -275,9 +309,12 @@ class Collector:
             return ()
         return find_loops(row, ngram)
 
-    def _is_cut(self, record: Record, length: int | None) -> bool | None:
+    def _is_cut(self, record: Record, over: bool | None) -> bool | None:
         if record.stop_reason is not None:
             return record.stop_reason == StopReason.LENGTH
+        return over
+
+    def _is_over(self, length: int | None) -> bool | None:
         if self._max_new_tokens is None or length is None or self._length_unit != "tokens":
             return None
         return length >= self._least_cut

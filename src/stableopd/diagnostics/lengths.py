@@ -23,6 +23,10 @@ _NUM_BINS = 40
 _PILE_COUNT, _PILE_SHARE, _PILE_DENSITY = 3, 0.01, 10
 _NEAR, _PILE_LENGTH, _ONLY_LENGTH = 0.8, 16, 64
 
+# Design: texts cut off at the same token differ in characters, so that a pile there is chance
+# (measured: 6 of 480 by chance) unless it is large, as where tokens are characters.
+_PILE_SHARE_OF_CHARACTERS = 0.1
+
 
 class Lengths:
     """Counts of rollouts by length.
@@ -59,13 +63,14 @@ class Lengths:
         first, last = -(-start // self._width), -(-stop // self._width)
         return int(self._counts[first:last].sum())
 
-    def histogram(self, budget: int | None, pile: int = 0) -> Histogram:
+    def histogram(self, budget: int | None, pile: int = 0, by_length: bool = False) -> Histogram:
         """Count rollouts in about 40 bins.
 
         Args:
             budget: Where the last bin begins, so that cut-off rollouts stand apart; None where
                 rollouts are not cut off at a known length.
             pile: How many of the longest rollouts count as cut off beside those added as such.
+            by_length: Whether these alone count as cut off.
 
         Returns:
             Bins from 0 to past the longest length; exact below 131,072.
@@ -80,26 +85,31 @@ class Lengths:
             np.diff(np.concatenate(([0], np.cumsum(values)))[places])
             for values in (self._counts, self._cut)
         )
+        if by_length:
+            truncated[:] = 0
         truncated[np.searchsorted(edges, self.maximum, side="right") - 1] += pile
         return Histogram(edges.astype(np.float64), counts, truncated)
 
 
-def is_pile_up(lengths: Lengths, num_longest: int) -> bool:
+def is_pile_up(lengths: Lengths, num_longest: int, unit: str = "tokens") -> bool:
     """Whether rollouts pile up at the longest length, as they do where a budget cuts them off.
 
     True where, with m >= 16 the longest length and c rollouts exactly that long among N,
     c >= 3, c >= 0.01 N, c > 10 d with d the number of rollouts per length in [0.8 m, m), and at
-    least half of the N - c shorter ones are shorter than 0.8 m.
+    least half of the N - c shorter ones are shorter than 0.8 m. Of lengths in characters c must
+    be at least 0.1 N.
 
     Args:
         lengths: All lengths.
         num_longest: c.
+        unit: What lengths are counted in, "tokens" or "characters".
 
     Returns:
         The answer; where no rollout is shorter, whether m >= 64. (The rule is the project's.)
     """
     longest, total = lengths.maximum, lengths.num_rollouts
-    if longest < _PILE_LENGTH or num_longest < max(_PILE_COUNT, _PILE_SHARE * total):
+    share = _PILE_SHARE_OF_CHARACTERS if unit == "characters" else _PILE_SHARE
+    if longest < _PILE_LENGTH or num_longest < max(_PILE_COUNT, share * total):
         return False
     if num_longest == total:
         return longest >= _ONLY_LENGTH

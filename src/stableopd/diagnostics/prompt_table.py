@@ -30,6 +30,7 @@ class _Row:
     num_repetitive: int = 0
     longest: int = -1
     num_longest: int = 0
+    num_over: int = 0
 
 
 class PromptTable:
@@ -61,6 +62,7 @@ class PromptTable:
         row.num_rollouts += 1
         row.num_known += seen.truncated is not None
         row.num_truncated += bool(seen.truncated)
+        row.num_over += seen.over_budget
         row.num_texts += seen.repetitive_text is not None
         row.num_repetitive += bool(seen.repetitive_text)
         if seen.length is not None:
@@ -70,16 +72,18 @@ class PromptTable:
                 row.longest, row.num_longest = seen.length, 0
             row.num_longest += seen.length == row.longest
 
-    def measures(self, pile: int | None) -> tuple[PromptMeasures, ...]:
+    def measures(self, pile: int | None, by_length: bool = False) -> tuple[PromptMeasures, ...]:
         """The prompts with most cut-off, then most repetitive, rollouts; at most 50.
 
         Args:
-            pile: The length at which rollouts count as cut off; None where the records say so.
+            pile: The length at which rollouts count as cut off; None where the records or a budget
+                say so.
+            by_length: Whether the budget says so of all, against the reasons of the records.
         """
 
         def num_truncated(row: _Row) -> int:
             if pile is None:
-                return row.num_truncated
+                return row.num_over if by_length else row.num_truncated
             return row.num_longest if row.longest == pile else 0
 
         worst = sorted(
@@ -94,7 +98,8 @@ class PromptTable:
                 num_rollouts=row.num_rollouts,
                 mean_length=ratio(row.length, row.num_lengths),
                 truncation_rate=ratio(
-                    num_truncated(row), row.num_known if pile is None else row.num_lengths
+                    num_truncated(row),
+                    row.num_lengths if by_length or pile is not None else row.num_known,
                 ),
                 repetition_rate=ratio(row.num_repetitive, row.num_texts),
             )

@@ -88,6 +88,7 @@ class Observation:
         length: In the unit of the set; None where unknown.
         truncated: Whether it was cut off; None where unknown.
         other_unit: Whether its units are not those of the set.
+        over_budget: Whether its length alone makes it cut off, whatever reason it has.
     """
 
     record: Record
@@ -98,6 +99,7 @@ class Observation:
     length: int | None
     truncated: bool | None
     other_unit: bool = False
+    over_budget: bool = False
 
 
 def observe(seen: Observation) -> tuple[Sums, NDArray[np.float64] | None]:

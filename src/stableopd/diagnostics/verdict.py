@@ -125,7 +125,8 @@ def judge(
     """
     num_rollouts, alarm = summary.overall.num_rollouts, alarm or Alarm()
     if num_rollouts < MIN_ROLLOUTS:
-        return _too_little(f"{num_rollouts or 'No'} rollouts: too few to judge")
+        count = "1 rollout" if num_rollouts == 1 else f"{num_rollouts or 'No'} rollouts"
+        return _too_little(f"{count}: too few to judge")
     if summary.overall.max_length == 0:
         return _too_little(f"All {num_rollouts:,} completions are empty: nothing to judge")
     facts = facts or Facts()

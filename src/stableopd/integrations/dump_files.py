@@ -14,10 +14,11 @@ from typing import Any, cast
 
 from stableopd.types import DataError
 
-__all__ = ["RawRow", "find_files", "read_rows", "step_in_name"]
+__all__ = ["RawRow", "binary_columns", "find_files", "is_beside", "read_rows", "step_in_name"]
 
 LINE_ENDINGS = (".jsonl", ".jsonl.gz")
 ENDINGS = (*LINE_ENDINGS, ".parquet")
+TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".arrow", ".feather")
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 # Logs, indices and settings that lie beside rollouts and are none.
@@ -40,6 +41,7 @@ STEP_STEM = re.compile(
 STEP_FOLDER = re.compile(r"(?:global_)?step[_-]?(\d+)", re.IGNORECASE)
 
 PROGRESS_BYTES = 1 << 20
+MOST_STEP = 2**53
 
 # A row's line (from 1) and either its columns or what is wrong with it.
 RawRow = tuple[int, dict[str, Any] | str]
@@ -82,14 +84,26 @@ def find_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 def step_in_name(path: Path) -> int | None:
     """The step that a file's name (12.jsonl, rollout_12.jsonl) or folder (step_12/) gives."""
-    stem = path.name.partition(".")[0]
-    if stem.isdecimal() and not STEP_FOLDER.fullmatch(path.parent.name):
-        return int(stem)
-    if found := STEP_STEM.search(stem):
-        return int(found[1])
-    if found := STEP_FOLDER.fullmatch(path.parent.name):
-        return int(found[1])
-    return None
+    stem, folder = path.name.partition(".")[0], STEP_FOLDER.fullmatch(path.parent.name)
+    if stem.isdecimal() and not folder:
+        digits = stem
+    elif found := STEP_STEM.search(stem) or folder:
+        digits = found[1]
+    else:
+        return None
+    return step if (step := int(digits)) <= MOST_STEP else None
+
+
+def is_beside(path: Path) -> bool:
+    """Whether a file is by its name what lies beside rollouts: a log or an evaluation."""
+    return not _is_train(path.name)
+
+
+def binary_columns(path: Path) -> list[str]:
+    """The columns of bytes in a parquet file, which are not read: images and the like."""
+    import pyarrow.parquet as parquet
+
+    return [field.name for field in parquet.read_schema(path) if _is_binary(field.type)]
 
 
 def read_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[RawRow]:
@@ -161,10 +175,7 @@ def _parquet_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[RawRo
         # Without pre_buffer a row group is not held in memory as a whole.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             rows = max(file.metadata.num_rows, 1)
-            types = pyarrow.types
-            schema = file.schema_arrow
-            binary = (types.is_binary, types.is_large_binary)  # images and the like
-            names = [f.name for f in schema if not any(test(f.type) for test in binary)]
+            names = [field.name for field in file.schema_arrow if not _is_binary(field.type)]
             for batch in file.iter_batches(batch_size=256, columns=names):
                 for row in batch.to_pylist():
                     number += 1
@@ -175,6 +186,13 @@ def _parquet_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[RawRo
         reason = str(error).strip().partition("\n")[0]
         yield number + 1, f"not readable as parquet from here on ({reason})"
     on_bytes(size - told)
+
+
+def _is_binary(kind: Any) -> bool:
+    from pyarrow import types
+
+    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
 
 
 def _search(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -239,6 +257,9 @@ def _nothing_in(folder: Path, every: Sequence[Path]) -> str:
     packed = sorted(folder.rglob("*.zst"))
     if packed:
         return _packed(packed[0])
+    tables = sorted(f for f in folder.iterdir() if f.suffix.lower() in TABLES)
+    if tables and not every:
+        return _table(tables[0])
     seen = f" ({every[0].name} is a log)" if every else ""
     return (
         f"{folder}: no rollouts in it{seen}; give a folder of {', '.join(ENDINGS)} files, such as "
@@ -250,9 +271,14 @@ def _refuse_unreadable(path: Path) -> None:
     if path.suffix in PICKLES:
         raise DataError(_conversion(path))
     if path.suffix == ".zst":
-        raise DataError(
-            f"{path}: compressed with zstd; unpack it with: zstd -d {shlex.quote(str(path))}"
-        )
+        raise DataError(_packed(path))
+    if path.suffix.lower() in TABLES:
+        raise DataError(_table(path))
+
+
+def _table(path: Path) -> str:
+    kind = path.suffix[1:].lower()
+    return f"{path}: a {kind} file, which is not read here; convert it to JSONL or parquet."
 
 
 def _packed(path: Path) -> str:

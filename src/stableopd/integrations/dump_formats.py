@@ -8,7 +8,7 @@ their code, which is named at each.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ __all__ = [
     "columns_of",
     "detect",
     "label",
+    "late_columns",
     "reach",
     "unfold",
 ]
@@ -137,6 +138,26 @@ def columns_of(name: str, rows: Sequence[Row], mapping: Mapping[str, str]) -> di
         if len(rewards) == 1:  # of several, TRL's weights would be needed
             found["score"] = rewards[0]
     return found | dict(mapping)
+
+
+def late_columns(name: str, keys: Set[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """Columns by role that the first rows do not have, but a later one has.
+
+    Args:
+        name: A key of `FORMATS`.
+        keys: The columns of all rows so far.
+        columns: What `columns_of` or this function found before; these stay.
+
+    Returns:
+        The columns of all roles.
+    """
+    roles = GENERIC if name == "generic" else TOKEN_ROLES if name in ("trl", "verl") else ()
+    found = {
+        role: next((column for column in GENERIC[role] if column in keys), "")
+        for role in roles
+        if role not in columns
+    }
+    return {role: column for role, column in found.items() if column} | dict(columns)
 
 
 def label(name: str, paths: Sequence[Path], columns: Mapping[str, str]) -> str:

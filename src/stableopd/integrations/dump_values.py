@@ -28,6 +28,8 @@ __all__ = [
     "whole",
 ]
 
+MOST = 2**53  # above, a float is not every whole number
+
 CUT_OFF = {
     *("length", "truncated", "truncate", "clipped", "overlong", "max_tokens", "max_new_tokens"),
     *("max_length", "max_output_tokens", "max_total_tokens", "max_completion_length"),
@@ -100,12 +102,15 @@ def split_chat(value: Any) -> tuple[Any, Any]:
     return messages[:start], messages[start:]
 
 
-def stop_reason(value: Any, column: str = "") -> StopReason | None:
+def stop_reason(
+    value: Any, column: str = "", meanings: Mapping[str, StopReason] | None = None
+) -> StopReason | None:
     """Why a rollout ended.
 
     Args:
         value: A word (also one of an enumeration, or in an object with "type"), or yes and no.
         column: Its column, which tells what yes means.
+        meanings: What words in lower case mean, as the user says; they go before the known ones.
 
     Returns:
         The reason; None where the value says neither, as for an aborted rollout.
@@ -114,6 +119,8 @@ def stop_reason(value: Any, column: str = "") -> StopReason | None:
         value = cast(Mapping[str, Any], value).get("type")
     if value is None or isinstance(value, StopReason):
         return value
+    if meanings and (known := meanings.get(str(value).strip().lower())):
+        return known
     name = column.rpartition(".")[2]
     if isinstance(value, bool | int | float) and value in (0, 1):
         if CUT_OFF_NAME.search(name):
@@ -130,16 +137,16 @@ def stop_reason(value: Any, column: str = "") -> StopReason | None:
         return StopReason.STOP
     if word in NEITHER:
         return None
-    raise ValueError(f"{value!r} is no known reason for the end of a rollout")
+    raise ValueError(f"{_short(value)} is no known reason for the end of a rollout")
 
 
 def whole(value: Any) -> int | None:
-    """A whole number, also from text; None for null and nan."""
-    found = number(value)
-    if found is None:
+    """A whole number from 0 to 2**53 (all of which a float can be), also from text."""
+    if value is None:
         return None
-    if found != int(found):
-        raise ValueError(f"{value!r} is not a whole number")
+    found = math.nan if isinstance(value, bool) else number(value)
+    if found is None or not found.is_integer() or not 0 <= found <= MOST:
+        raise ValueError(f"{_short(value)} is not a whole number from 0 to 2**53")
     return int(found)
 
 
@@ -151,7 +158,9 @@ def number(value: Any) -> float | None:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{_short(value)} is not a number") from None
-    return found if math.isfinite(found) else None
+    if math.isinf(found):
+        raise ValueError(f"{_short(value)} is not a finite number")
+    return None if math.isnan(found) else found
 
 
 def flag(value: Any) -> bool | None:
@@ -175,8 +184,9 @@ def ids(value: Any) -> NDArray[np.int64] | None:
     try:
         found = np.asarray(value)
         if found.ndim == 1 and (found.dtype.kind in "iu" or not found.size):
-            return found.astype(np.int64, copy=False)
-        if found.ndim == 1 and found.dtype.kind == "f" and np.array_equal(found, found.round()):
+            if not found.size or found.max() <= MOST:
+                return found.astype(np.int64, copy=False)
+        elif found.ndim == 1 and found.dtype.kind == "f" and _are_whole(found):
             return found.astype(np.int64)
     except (TypeError, ValueError, OverflowError):
         pass
@@ -189,11 +199,15 @@ def numbers(value: Any) -> NDArray[np.float64] | None:
         return None
     try:
         found = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("not a list of numbers") from None
     if found.ndim > 1:
         raise ValueError("not a list of numbers")
     return found
+
+
+def _are_whole(found: NDArray[np.float64]) -> bool:
+    return bool((np.abs(found) <= MOST).all()) and np.array_equal(found, found.round())
 
 
 def _messages(items: Sequence[Any], what: str) -> list[Mapping[str, Any]]:
@@ -202,6 +216,8 @@ def _messages(items: Sequence[Any], what: str) -> list[Mapping[str, Any]]:
         if not isinstance(item, Mapping):
             raise ValueError(f"the {what} is a list of {_kind(item)}, not of messages")
         message = cast(Mapping[str, Any], item)
+        if not {"role", "from", "content"} & set(message):
+            raise ValueError(f"the {what} is an object that is no message")
         if "role" not in message and "from" in message:  # the names of ShareGPT
             message = {"role": message["from"], "content": message.get("value")}
         messages.append(message)
@@ -215,7 +231,9 @@ def _turn(message: Mapping[str, Any]) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {str: "text", dict: "an object", bool: "yes or no", int: "a number", float: "a number"}
+    names = {str: "text", bool: "yes or no", int: "a number", float: "a number"}
+    if isinstance(value, Mapping):
+        return "an object"
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 

@@ -11,23 +11,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stableopd.integrations import dump_values as values
-from stableopd.integrations.dump_files import find_files, read_rows, step_in_name
-from stableopd.integrations.dump_formats import (
-    FORMATS,
-    ROLES,
-    columns_of,
-    detect,
-    label,
-    reach,
-    unfold,
+from stableopd.integrations.dump_checks import (
+    check_choices,
+    check_columns,
+    common_format,
+    count,
+    nothing_readable,
+    peek,
+    refuse_others,
+    take_meanings,
+    unknown,
 )
-from stableopd.types import DataError, Record
+from stableopd.integrations.dump_files import find_files, read_rows, step_in_name
+from stableopd.integrations.dump_formats import columns_of, label, late_columns, unfold
+from stableopd.types import DataError, Record, StopReason
 
 __all__ = ["Dump", "open_dump"]
 
-PEEKED_ROWS = 8
-PEEKED_LINES = 100
 NAMED = 20  # problems that are kept in words
+LONGEST_REASON = 40  # characters of an unknown stop reason that are kept
 
 
 class Dump:
@@ -46,6 +48,7 @@ class Dump:
         num_damaged: How many lines were damaged and skipped.
         dropped: The first 20 values that could not be used, though their line could.
         num_dropped: How many values were dropped.
+        unknown_reasons: How often each unknown stop reason came; at most 20 of them.
         lengths_are_retokenised: Whether lengths are those of re-tokenised text, which lacks the
             stop token and may be split in other tokens than were drawn.
     """
@@ -59,6 +62,7 @@ class Dump:
         strict: bool,
         tokenizer: Callable[[str], ArrayLike] | None,
         batch_size: int,
+        meanings: Mapping[str, StopReason] | None = None,
     ) -> None:
         self.files = tuple(files)
         self.left_out = tuple(left_out)
@@ -71,10 +75,32 @@ class Dump:
         self.num_damaged = 0
         self.dropped: list[str] = []
         self.num_dropped = 0
+        self.unknown_reasons: dict[str, int] = {}
         self.lengths_are_retokenised = False
+        self._file_of_step: dict[int, int] = {}  # -1 for several
+        self._meanings = dict(meanings or {})
         self._strict = strict
         self._tokenizer = tokenizer
         self._batch_size = batch_size
+
+    @property
+    def shared_steps(self) -> int:
+        """How many steps came from more than one file, as those of several runs do."""
+        return sum(place < 0 for place in self._file_of_step.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user may mend, one sentence each: stop reasons that are not known."""
+        if not self.unknown_reasons:
+            return []
+        most = sorted(self.unknown_reasons, key=lambda word: -self.unknown_reasons[word])[:3]
+        named = ", ".join(f"{word!r} ({self.unknown_reasons[word]:,})" for word in most)
+        more = ", ..." if len(self.unknown_reasons) > len(most) else ""
+        column = self.columns.get("stop_reason", "stop_reason")
+        return [
+            f"Unknown stop reasons in column {column!r}: {named}{more}; where one means cut off, "
+            f"say so with --map truncated_value={most[0]}, where it does not, with stopped_value."
+        ]
 
     def batches(self, on_bytes: Callable[[int], None] | None = None) -> Iterator[list[Record]]:
         """Read the records, in the order of the files; each call begins anew.
@@ -91,7 +117,8 @@ class Dump:
         """
         self.damaged, self.num_damaged = [], 0
         self.dropped, self.num_dropped = [], 0
-        records = self._records(on_bytes or (lambda count: None))
+        self.unknown_reasons, self._file_of_step = {}, {}
+        records = self._records(on_bytes or (lambda _: None))
         num = 0
         while batch := list(itertools.islice(records, self._batch_size)):
             num += len(batch)
@@ -99,12 +126,13 @@ class Dump:
         if not num:
             what = f"; {self.damaged[0]}" if self.damaged else ""
             raise DataError(
-                f"{self.files[0]}: no completion in {_count(self.num_files, 'file')} could be read "
-                f"as {self.format_name} ({_count(self.num_damaged, 'damaged line')}{what})."
+                f"{self.files[0]}: no completion in {count(self.num_files, 'file')} could be read "
+                f"as {self.format_name} ({count(self.num_damaged, 'damaged line')}{what})."
             )
 
     def _records(self, on_bytes: Callable[[int], None]) -> Iterator[Record]:
-        for file in self.files:
+        keys: set[str] = set()
+        for place_of_file, file in enumerate(self.files):
             # prime-rl numbers the pieces of its stream; steps are folders there.
             numbered = file.parent / "rollouts.jsonl" if self.format == "prime-rl" else file
             source, step = str(file), step_in_name(numbered)
@@ -114,11 +142,30 @@ class Dump:
                 if isinstance(row, str):
                     self._damage(f"{place}: {row}")
                     continue
+                if not row.keys() <= keys:
+                    keys |= row.keys()
+                    self.columns = late_columns(self.format, keys, self.columns)
                 try:
                     for roles in unfold(self.format, row, self.columns):
-                        yield self._record(source, line, roles, step, place)
+                        record = self._record(source, line, roles, step, place)
+                        self._note_step(record.step, place_of_file)
+                        yield record
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     self._damage(f"{place}: {_reason(error)}")
+
+    def _note_step(self, step: int | None, file: int) -> None:
+        if step is not None and self._file_of_step.setdefault(step, file) != file:
+            self._file_of_step[step] = -1
+
+    def _reason(self, value: Any) -> StopReason | None:
+        column = self.columns.get("stop_reason", "is_truncated")
+        try:
+            return values.stop_reason(value, column, self._meanings)
+        except ValueError:
+            word = str(value)[:LONGEST_REASON]
+            if word in self.unknown_reasons or len(self.unknown_reasons) < NAMED:
+                self.unknown_reasons[word] = self.unknown_reasons.get(word, 0) + 1
+            raise
 
     def _record(
         self, source: str, line: int, roles: Mapping[str, Any], step: int | None, place: str
@@ -139,14 +186,13 @@ class Dump:
         ids = use("completion_ids", values.ids)
         length = use("length", values.whole)
         if ids is not None and length not in (None, len(ids)):
-            self._drop(f"{place}: length: {length} for {len(ids)} token ids")
+            self._drop(f"{place}: length: {length} for {count(len(ids), 'token id')}")
         length = length if ids is None else len(ids)
         student = use("student_logprobs", values.numbers)
         teacher = use("teacher_logprobs", values.numbers)
         if length is None:
             length = next((len(x) for x in (student, teacher) if x is not None and x.ndim), None)
         ids, length = self._retokenise(text, ids, length)
-        column = self.columns.get("stop_reason", "is_truncated")
         found_step = use("step", values.whole)
         return Record(
             source=source,
@@ -157,7 +203,7 @@ class Dump:
             step=step if found_step is None else found_step,
             completion_ids=ids,
             num_tokens=length,
-            stop_reason=use("stop_reason", lambda value: values.stop_reason(value, column)),
+            stop_reason=use("stop_reason", self._reason),
             student_logps=self._fitting(student, length, "student_logprobs", place),
             teacher_logps=self._fitting(teacher, length, "teacher_logprobs", place),
             advantages=self._spread(use("advantages", values.numbers), length, place),
@@ -182,8 +228,9 @@ class Dump:
         if found is None:
             return None
         if found.ndim != 1 or len(found) != length:
-            what = f"{len(found)} numbers" if found.ndim else "one number"
-            self._drop(f"{place}: {role}: {what} for {length} tokens")
+            what = count(len(found), "number") if found.ndim else "one number"
+            tokens = "an unknown number of tokens" if length is None else count(length, "token")
+            self._drop(f"{place}: {role}: {what} for {tokens}")
             return None
         return found
 
@@ -224,7 +271,8 @@ def open_dump(
         paths: Files and folders; see `dump_files.find_files`.
         format: A key of `dump_formats.FORMATS`, or "auto".
         mapping: Columns by role (see `dump_formats.ROLES`), dots reaching into objects. With a
-            completion's column any JSONL or parquet is read.
+            completion's column any JSONL or parquet is read. Beside columns, "truncated_value"
+            and "stopped_value" list stop reasons, separated by commas, that mean so.
         strict: Whether the first damaged line is an error.
         tokenizer: Text to token ids; gives lengths and ids where the dump has text alone.
         batch_size: Records of a batch.
@@ -237,97 +285,32 @@ def open_dump(
             not known, or everything in it is damaged.
     """
     chosen = dict(mapping or {})
-    _check_choices(format, chosen)
+    meanings = take_meanings(chosen)
+    check_choices(format, chosen)
     files, left_out = find_files(paths)
     empty = [file for file in files if not file.stat().st_size]
     if len(empty) == len(files) or (strict and empty):
         raise DataError(f"{empty[0]}: the file is empty; there is no rollout in it.")
     files = [file for file in files if file not in set(empty)]
-    peeked = {file: _peek(file) for file in files}
+    peeked = {file: peek(file) for file in files}
     first = next((file for file in files if peeked[file]), None)
     if first is None:
-        raise DataError(_nothing_readable(files[0]))
+        raise DataError(nothing_readable(files[0]))
     if format == "auto":
-        format = "generic" if "completion" in chosen else _common_format(files, peeked)
+        format = "generic" if "completion" in chosen else common_format(files, peeked)
+        if "completion" not in chosen:
+            refuse_others(format, first, left_out)
     columns = columns_of(format, peeked[first], chosen)
     if not format or (format == "generic" and "completion" not in columns):
-        raise DataError(_unknown(first, peeked[first]))
-    _check_columns(first, peeked[first], chosen, columns)
-    return Dump(files, [*left_out, *empty], format, columns, strict, tokenizer, batch_size)
-
-
-def _check_choices(format: str, mapping: Mapping[str, str]) -> None:
-    if format not in ("auto", *FORMATS):
-        raise DataError(f"format {format!r} is not known; choose from auto, {', '.join(FORMATS)}.")
-    for role in mapping:
-        if role not in ROLES:
-            raise DataError(f"{role!r} is no role of a column; choose from {', '.join(ROLES)}.")
-
-
-def _check_columns(
-    file: Path,
-    rows: Sequence[Mapping[str, Any]],
-    mapping: Mapping[str, str],
-    columns: Mapping[str, str],
-) -> None:
-    """Refuse a mapping to a column that is nowhere; rows may leave out a column, or have null."""
-    needed = {role: columns[role] for role in ("completion", *mapping) if role in columns}
-    for role, column in needed.items():
-        if not any(column in row or reach(row, column) is not None for row in rows):
-            raise DataError(
-                f"{file}: no column {column!r} for the {role}; its columns are {_columns(rows)}."
-            )
-
-
-def _peek(file: Path) -> list[dict[str, Any]]:
-    rows = (row for _, row in itertools.islice(read_rows(file, lambda _: None), PEEKED_LINES))
-    return list(itertools.islice((row for row in rows if isinstance(row, dict)), PEEKED_ROWS))
-
-
-def _common_format(files: Sequence[Path], peeked: Mapping[Path, list[dict[str, Any]]]) -> str:
-    """The format of all files; of one that has no readable row nothing is said."""
-    found: dict[str, Path] = {}
-    for file in files:
-        if rows := peeked[file]:
-            found.setdefault(detect(file, rows), file)
-    if len(found) > 1:
-        (one, first), (other, second) = itertools.islice(found.items(), 2)
-        names = [FORMATS.get(name, "of no known format") for name in (one, other)]
-        raise DataError(
-            f"Two kinds of dump in one call: {first} is {names[0]}, {second} is {names[1]}; give "
-            "one kind, or name the format of all."
-        )
-    return next(iter(found))
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> str:
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return ", ".join(repr(key) for key in keys)
-
-
-def _unknown(file: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    return (
-        f"{file}: no known format, and no column that is known as a completion; its columns are "
-        f"{_columns(rows)}; say which it is with a mapping, as completion=COLUMN."
-    )
-
-
-def _nothing_readable(file: Path) -> str:
-    line, row = next(iter(read_rows(file, lambda _: None)), (1, "only blank lines"))
-    with file.open("rb") as start:
-        if start.read(64).lstrip().startswith(b"["):
-            return (
-                f"{file}: a JSON array; write one object a line: jq -c '.[]' {file} > "
-                f"{file.with_suffix('.jsonl')}"
-            )
-    return f"{file}: no readable line; line {line}: {row}."
+        raise DataError(unknown(first, peeked[first]))
+    check_columns(first, peeked[first], chosen, columns)
+    if meanings and "stop_reason" not in columns and format != "prime-rl":
+        raise DataError(f"{first}: no column of stop reasons; name it, as stop_reason=COLUMN.")
+    others = [*left_out, *empty]
+    return Dump(files, others, format, columns, strict, tokenizer, batch_size, meanings)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"no {error.args[0]!r}"
     return str(error)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -37,15 +37,15 @@ FULL = "what was written before is intact, so free some space and continue with 
 REMEDIES = {
     errno.ENOSPC: f"the disk is full; {FULL}",
     errno.EDQUOT: f"the disk quota is used up; {FULL}",
-    errno.EACCES: "permission denied; choose another run.output",
-    errno.EPERM: "permission denied; choose another run.output",
-    errno.EROFS: "the file system is read-only; choose another run.output",
+    errno.EACCES: "permission denied; choose another place",
+    errno.EPERM: "permission denied; choose another place",
+    errno.EROFS: "the file system is read-only; choose another place",
 }
 
 
 def refusal(path: Path, error: OSError) -> RunFolderError:
     """The error that says what could not be written, why, and what to do."""
-    reason = REMEDIES.get(error.errno or 0, f"{error.strerror or error}; choose another run.output")
+    reason = REMEDIES.get(error.errno or 0, f"{error.strerror or error}; choose another place")
     return RunFolderError(f"{path}: cannot be written: {reason}.")
 
 
