@@ -9,8 +9,14 @@ from html_parts import Page
 from report_parts import dump, metric_lines, run, summary
 from stableopd import config as configuration
 from stableopd.diagnostics.summary import Measures, Parameters
-from stableopd.report.compare import Arm, final_table, final_values, group_arms, write_comparison
-from stableopd.report.configs import differences, name_by_differences, read_settings, settings_key
+from stableopd.report.compare import final_table, group_arms, write_comparison
+from stableopd.report.configs import (
+    differences,
+    name_by_differences,
+    read_settings,
+    settings_key,
+    shorten,
+)
 from stableopd.report.estimates import (
     T_QUANTILES,
     binomial_estimate,
@@ -18,6 +24,9 @@ from stableopd.report.estimates import (
     normal_estimate,
     seeds_estimate,
 )
+from stableopd.report.finals import Arm, final_values
+from stableopd.report.panels import Curve, Mark, Panel, panel_figure
+from stableopd.report.themes import LIGHT
 
 
 def opd(seed=0, **values):
@@ -127,13 +136,13 @@ def test_dumps_are_arms_by_themselves():
 
 def test_one_arm_is_named_by_its_method():
     assert [arm.name for arm in group_arms([opd(1), opd(2)])] == ["opd"]
-    assert name_by_differences([{"run.steps": 3}]) == ["run"]
+    assert name_by_differences([{"run.steps": 3}], ["x"]) == ["run"]
 
 
 def test_names_are_clear_about_sections():
     base = {"objective.method": "opd", "student.model": "s", "teacher.model": "t", "run.steps": 5}
     others = [{**base, "teacher.model": "u"}, {**base, "run.steps": 6}]
-    assert name_by_differences([base, *others]) == [
+    assert name_by_differences([base, *others], ["x", "y", "z"]) == [
         "teacher.model = t, steps = 5",
         "teacher.model = u, steps = 5",
         "teacher.model = t, steps = 6",
@@ -152,7 +161,7 @@ def test_presets_of_a_method_are_not_named():
     rest = {**models, "data": {"train": "prompts.jsonl"}}
     parsed = [configuration.parse({"objective": table, **rest}) for table in tables]
     settings = [read_settings(configuration.to_toml(entry)) for entry in parsed]
-    assert name_by_differences(settings) == [
+    assert name_by_differences(settings, ["x"] * 4) == [
         "opd",
         "stable_opd",
         "stable_opd, beta_reference = 0.1",
@@ -224,7 +233,7 @@ def test_accuracy_is_of_rollouts_where_nobody_was_evaluated():
     counted = summary(3, overall=Measures(48, accuracy=0.5))
     arms = group_arms([opd(lines=lines, summary=counted)])
     assert final_values(arms)[0]["accuracy"] == binomial_estimate(0.5, 48)
-    assert "Accuracy: the rollouts." in final_table(arms)[2]
+    assert "accuracy: of the rollouts of these steps." in final_table(arms)[2]
     mixed = group_arms([opd(lines=lines, summary=counted), stable()])
     assert math.isnan(final_values(mixed)[0]["accuracy"].value)
     assert final_values(mixed)[1]["accuracy"].method == "problems"
@@ -239,14 +248,72 @@ def test_final_table():
     assert rows[0][:3] == ["opd", "2 of 2", "0.195\n0.131–0.259"]
     assert rows[1][:3] == ["stable_opd", "0 of 1", "0.190\n0.151–0.229"]
     assert rows[1][5] == "43.5"
-    assert (
-        "interval: opd over 2 seeds (accuracy) and rollouts (TruncRate, RepRate); "
-        "stable_opd over problems (accuracy) and rollouts (TruncRate, RepRate). Over"
-    ) in caption
+    assert caption.split("\n") == [
+        "TruncRate, RepRate, length: mean over the last 5 steps that have rollouts.",
+        "accuracy: the last evaluation on held-out problems.",
+        "length: in tokens.",
+        "Below each number is its 95% interval:",
+        "opd: accuracy over 2 seeds; TruncRate, RepRate over rollouts.",
+        "stable_opd: accuracy over problems; TruncRate, RepRate over rollouts.",
+        "Over seeds: Student's t.",
+        "Over problems: from the evaluation's standard error.",
+        "Over rollouts: Wilson's, as if rollouts were independent of each other.",
+    ]
     three = [varied(seed, rate) for seed, rate in enumerate((0.2, 0.4, 0.9))]
-    assert "interval: opd over 3 seeds. Over" in final_table(group_arms(three))[2]
-    assert "mean of the last 5 steps" in caption
+    assert "\nopd: TruncRate over 3 seeds.\nOver seeds" in final_table(group_arms(three))[2]
     assert final_table([])[1] == []
+
+
+def test_runs_of_one_seed_count_as_one(tmp_path):
+    """The same experiment twice, or three times, tells no more than once."""
+    short = dataclasses.replace(varied(1, 0.4), name="short", lines=({"step": 1},))
+    first, other = varied(0, 0.2), varied(1, 0.4)
+    (once,) = final_values(group_arms([first, other]))
+    twice = group_arms([first, short, other, first, first])
+    assert final_values(twice) == [once]
+    assert once["TruncRate"].method == "2 seeds"
+    assert [len(runs) for runs in twice[0].by_seed] == [3, 2]
+    assert twice[0].independent == (first, other)
+    _, rows, caption = final_table(twice)
+    assert rows[0][1] == "2 of 2"
+    assert "Note: opd: 3 runs with seed 0 (opd-0, opd-0, opd-0) are not independent" in caption
+    assert (
+        "opd: 2 runs with seed 1 (opd-1, short) are not independent and count as one: " in caption
+    )
+    assert "not independent" not in final_table(group_arms([first, other]))[2]
+    write_comparison(group_arms([opd(), opd()]), tmp_path / "page.html", "x")
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert len([row for row in page.rows if row[0] == "opd" and row[1] == "opd-0"]) == 2
+    assert not [entry for entry in page.texts["li"] if entry.startswith("band")]
+
+
+def test_arms_of_different_length_are_said():
+    arms = group_arms([opd(), stable(lines=tuple(metric_lines(False, steps=4))), dump()])
+    note = "The arms end at different steps, and so do their numbers (opd: step 12, stable_opd: "
+    assert note + "step 4)." in final_table(arms)[2]
+    assert "different steps" not in final_table(group_arms([opd(), stable(), dump()]))[2]
+
+
+def test_arms_that_differ_in_much_are_named_by_method_and_run():
+    many = {f"eval.field{i}": i for i in range(13)}
+    base = {"objective.method": "opd", **dict.fromkeys(many, 99)}
+    other, third = base | many, base | {"objective.method": "stable_opd"}
+    runs = ["opd", "own-opd", "a-very-long-name-of-a-run-that-ends"]
+    assert name_by_differences([base, other, third], runs) == [
+        "opd",
+        "opd (own-opd)",
+        "stable_opd (…-run-that-ends)",
+    ]
+    assert len("stable_opd (…-run-that-ends)") == 28
+    # The objective alone tells these two apart.
+    assert name_by_differences([other, third], runs[1:]) == ["opd", "stable_opd"]
+    assert name_by_differences([base, other], ["x", "y"]) == ["opd (x)", "opd (y)"]
+
+
+def test_long_values_keep_their_ends():
+    long = "/home/somebody/" + "x" * 40 + "/train.jsonl"
+    assert shorten([long, "–"]) == ["…" + long[-39:], "–"]
+    assert shorten([long, "/other" + long]) == [long, "/other" + long]
 
 
 @pytest.fixture(scope="module")
@@ -283,9 +350,22 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     notes = " ".join(Page((tmp_path / "page.html").read_text(encoding="utf-8")).texts["p"])
     assert "different parameters" in notes
     assert "Some lengths are in tokens and some in characters" in notes
-    assert "opd: some runs have the same seed" in notes
+    assert (
+        "opd: 2 runs with seed 1 (opd-1, copy) are not independent and count as one: opd-1."
+        in notes
+    )
     assert "opd: its runs end at different steps (7 to 12)" in notes
     write_comparison(group_arms([dump("a"), dump("b")]), tmp_path / "page.html", "x")
     quiet = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "None that are known." in quiet.texts["p"]
     assert not [text for text in quiet.texts["p"] if text.startswith("Note.")]
+
+
+def test_rollbacks_are_dashed_lines():
+    colors, panel = {"opd": 0}, Panel("t", "u", (Curve("rollout/truncation_rate"),), "rate")
+    arms = {"opd": [metric_lines(True)]}
+    mark = Mark(None, None, (5, 9))
+    plain, marked = (panel_figure(panel, arms, colors, LIGHT, m).axes[0] for m in (None, mark))
+    added = marked.lines[len(plain.lines) :]
+    assert [np.ravel(line.get_xdata())[0] for line in added] == [5, 9]
+    assert all(line.get_linestyle() == "--" for line in added)

@@ -35,7 +35,7 @@ def test_a_collapse_is_told_with_its_step_and_its_cause(collapsed):
     assert "cause B, repetition" in flat
     assert "Both models stop with the same ids (1)" in flat
     assert "100% of those that end in a loop a final answer stands before the loop" in flat
-    assert "would have said COLLAPSE at step 2" in flat
+    assert "first says COLLAPSE at step 2" in flat
 
 
 def test_json_is_one_object_with_stable_keys(collapsed):

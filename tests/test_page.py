@@ -99,6 +99,35 @@ def test_figures_and_their_legends(one):
     assert {"cut off", "budget, 96 tokens", "before step 5", "from step 5 on"} <= set(entries)
 
 
+def test_rollbacks_are_marked_and_said(tmp_path):
+    back = {5: 0, 9: 4}
+    lines = tuple(e | {"alarm/restored_step": back.get(e["step"])} for e in metric_lines(True))
+    text, page = page_of([run(lines=lines, notes=("Twice.",))], tmp_path / "page.html")
+    assert page.texts["li"].count("rolled back after steps 5 and 9") == 3
+    assert page.texts["dd"][page.texts["dt"].index("Rolled back after")] == "steps 5 and 9"
+    (box,) = page.texts["section"]
+    assert box.index("Evidence") < box.index("Twice.")
+    assert text.count("Twice.") == 1
+    _, calm = page_of([run(lines=lines[:8], onset=NO_ONSET)], tmp_path / "calm.html")
+    assert calm.texts["li"].count("rolled back after step 5") == 3
+    assert not [entry for entry in calm.texts["li"] if entry.startswith("onset of")]
+    often = tuple(line | {"alarm/restored_step": 0} for line in lines[1:])
+    _, many = page_of([run(lines=often)], tmp_path / "many.html")
+    assert "rolled back after steps 1, 2, 3, 4 and 8 more" in many.texts["li"]
+    assert "rolled back" not in page_of([run()], tmp_path / "none.html")[0]
+
+
+def test_one_of_a_thing_is_singular(tmp_path):
+    few = summary(num_prompts=1, by_prompt=summary().by_prompt[:1])
+    _, page = page_of([dump(summary=few)], tmp_path / "page.html")
+    assert any("1 of 1 prompt: those" in note for note in page.texts["p"])
+    gap = worst("a" * 20, gap=(10, 1))
+    none = summary(num_prompts=1, by_prompt=(), worst=(gap,))
+    _, page = page_of([dump(summary=none)], tmp_path / "page.html")
+    assert "None: the one prompt has no rollout that" in " ".join(page.texts["p"])
+    assert "1 character left out" in " ".join(page.texts["pre"])
+
+
 def test_page_of_two_runs(two):
     _, page = two
     assert page.tags.count("img") == 6 + 2 * 11

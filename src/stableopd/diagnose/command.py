@@ -219,7 +219,7 @@ def compare_runs(paths: Sequence[Path], output: Path) -> None:
     write_comparison(arms, output, "Comparison")
     columns, rows, caption = final_table(arms)
     made = table(columns, rows, "")
-    made.caption = caption
+    made.caption, made.caption_justify = caption, "left"
     Console().print(made)
     print(f"Page: {output}")
 

@@ -252,7 +252,7 @@ def _diagnosis(
     repetition = _onset(lines, "rollout/repetitive_share", counts)
     alarm, warned_at, alarmed_at = _replay(lines)
     said = [
-        f"The alarm of the training loop would have said {level} at step {step}."
+        f"On these lines the alarm first says {level} at step {step}."
         for level, step in (("WARN", warned_at), ("COLLAPSE", alarmed_at))
         if step is not None
     ]

@@ -8,12 +8,16 @@ from typing import Any
 
 from stableopd.config import PRESETS
 
-__all__ = ["differences", "name_by_differences", "read_settings", "settings_key"]
+__all__ = ["differences", "name_by_differences", "read_settings", "settings_key", "shorten"]
 
 METHOD = "objective.method"
 
 # Runs that differ in these alone are seeds of one arm.
 OF_A_SEED = {"run.seed", "run.output", "run.device", "run.trackers"}
+
+# Design: more do not fit into a legend or the first column of a table.
+MAX_PARTS, NAME_CHARACTERS = 3, 56
+RUN_CHARACTERS, VALUE_CHARACTERS = 28, 40
 
 Settings = Mapping[str, Any]
 
@@ -55,21 +59,48 @@ def differences(settings: Sequence[Settings]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def name_by_differences(settings: Sequence[Settings]) -> list[str]:
+def name_by_differences(settings: Sequence[Settings], runs: Sequence[str]) -> list[str]:
     """Name arms by what differs between them: "opd", or "stable_opd, lambda_gold = 0.1".
 
-    The method comes first. What it presets is left out, where the value is the preset's.
+    The method comes first. What it presets is left out, where the value is the preset's. Where
+    more than three settings differ, those of the objective alone if they tell the arms apart;
+    else the method and the run, as "opd (long)".
 
     Args:
         settings: Those of one run of each arm, none of them empty.
+        runs: The name of that run.
 
     Returns:
-        One name for each, all different where the settings are.
+        One name for each, all different where the settings are and the runs' names.
     """
     fields = [field for field, _ in differences(settings)]
+    for chosen in (fields, [f for f in fields if f.startswith("objective.")]):
+        parts = _parts(settings, chosen)
+        names = [", ".join(p) for p in parts]
+        fits = all(len(p) <= MAX_PARTS for p in parts)
+        fits = fits and all(len(name) <= NAME_CHARACTERS for name in names)
+        if len(settings) > 1 and fits and all(names) and len({*names}) == len(names):
+            return names
+    methods = [str(entry.get(METHOD, "run")) for entry in settings]
+    if len(settings) == 1:  # nothing differs
+        return methods
+    return [
+        method if method == run else f"{method} ({_end(run, RUN_CHARACTERS - len(method) - 3)})"
+        for method, run in zip(methods, runs, strict=True)
+    ]
+
+
+def shorten(values: Sequence[str]) -> list[str]:
+    """The ends of long values (paths are told apart there), unless they would look alike."""
+    made = [_end(value, VALUE_CHARACTERS) for value in values]
+    return made if len({*made}) == len({*values}) else list(values)
+
+
+def _parts(settings: Sequence[Settings], fields: Sequence[str]) -> list[list[str]]:
+    """What the name of each arm would say of these fields."""
     keys = [field.partition(".")[2] for entry in settings for field in {*entry}]
     sections = {key: {f for e in settings for f in e if f.endswith(f".{key}")} for key in keys}
-    names: list[str] = []
+    made: list[list[str]] = []
     for entry in settings:
         method = entry.get(METHOD)
         preset = PRESETS.get(method, {}) if METHOD in fields and isinstance(method, str) else {}
@@ -80,9 +111,12 @@ def name_by_differences(settings: Sequence[Settings]) -> list[str]:
             if field != METHOD and not (key in preset and is_preset):
                 short = key if len(sections[key]) == 1 else field
                 parts.append(f"{short} = {_shown(entry, field)}")
-        # Nothing differs where there is one arm alone.
-        names.append(", ".join(parts) or str(method or "run"))
-    return names
+        made.append(parts)
+    return made
+
+
+def _end(text: str, width: int) -> str:
+    return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
 def _shown(settings: Settings, field: str) -> str:

@@ -51,6 +51,8 @@ NUMBERS = (
     ("Speed (tokens/s)", "tokens_per_s", "", ",.0f"),
 )
 
+MAX_STEPS_SAID = 5  # design: more make a legend of their own
+
 
 @dataclass(frozen=True)
 class _Number:
@@ -194,16 +196,39 @@ def _fold(picture: Picture) -> Picture:
 
 
 def _mark(diagnosis: Diagnosis) -> tuple[Mark | None, tuple[Key, ...]]:
-    """The step to mark: where truncation changed phase, else where repetition did."""
-    onsets = {"truncation": diagnosis.onset, "repetition": diagnosis.repetition_onset}
-    for what, onset in onsets.items():
+    """The steps to mark: where truncation changed phase, else repetition; and rollbacks."""
+    step, interval, keys = None, None, list[Key]()
+    for what, onset in (
+        ("truncation", diagnosis.onset),
+        ("repetition", diagnosis.repetition_onset),
+    ):
         if onset.step is not None:
-            interval = onset.interval
-            keys = [Key(f"onset of {what}, step {onset.step}", "ink", "mark")]
+            step, interval = onset.step, onset.interval
+            keys.append(Key(f"onset of {what}, step {step}", "ink", "mark"))
             if interval is not None and interval[0] < interval[1]:
                 keys.append(Key(f"its 95% interval, {interval[0]} to {interval[1]}", "ink", "band"))
-            return Mark(onset.step, interval), tuple(keys)
-    return None, ()
+            break
+    rollbacks = _rollbacks(diagnosis)
+    if rollbacks:
+        keys.append(Key(f"rolled back after {_say_steps(rollbacks)}", "ink", "budget"))
+    if step is None and not rollbacks:
+        return None, ()
+    return Mark(step, interval, rollbacks), tuple(keys)
+
+
+def _rollbacks(diagnosis: Diagnosis) -> tuple[int, ...]:
+    """Steps after which the run put an earlier student back."""
+    lines = [line for line in diagnosis.lines if line.get("alarm/restored_step") is not None]
+    return tuple(line["step"] for line in lines)
+
+
+def _say_steps(steps: Sequence[int]) -> str:
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    if len(steps) > MAX_STEPS_SAID:
+        few = ", ".join(map(str, steps[: MAX_STEPS_SAID - 1]))
+        return f"steps {few} and {len(steps) - MAX_STEPS_SAID + 1} more"
+    return f"steps {', '.join(map(str, steps[:-1]))} and {steps[-1]}"
 
 
 def _over_rollouts(diagnosis: Diagnosis) -> list[Picture]:
@@ -290,7 +315,8 @@ def _when(onset: Onset) -> str:
     said = f"{what}: step {onset.step}"
     if onset.interval is not None and onset.interval[0] < onset.interval[1]:
         said += f" (95% interval {onset.interval[0]} to {onset.interval[1]})"
-    width = "within one step" if onset.width < 1 else f"over {onset.width:.0f} steps"
+    rounded = round(onset.width)
+    width = "within one step" if rounded <= 1 else f"over {rounded} steps"
     return (
         f"{said}, {width}, TruncRate {number(onset.before, '.2f')} to {number(onset.after, '.2f')}"
     )
@@ -315,6 +341,8 @@ def _numbers(diagnosis: Diagnosis) -> list[_Number]:
     if steps:
         many = len(steps) > 1
         made.append(_Number("Steps", f"{steps[0]}" if many else "", f"{steps[-1]}"))
+    if rollbacks := _rollbacks(diagnosis):
+        made.append(_Number("Rolled back after", "", _say_steps(rollbacks)))
     return made
 
 

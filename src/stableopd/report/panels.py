@@ -79,10 +79,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Mark:
-    """A step to mark in every panel, and the interval that it lies in."""
+    """Steps to mark in every panel: an onset with its interval, and rollbacks."""
 
-    step: int
+    step: int | None
     interval: tuple[int, int] | None
+    rollbacks: tuple[int, ...] = ()
 
 
 def dynamics_panels(
@@ -212,7 +213,11 @@ def draw_panel(
     if mark is not None:
         if mark.interval is not None and mark.interval[0] < mark.interval[1]:
             ax.axvspan(*mark.interval, color=theme.ink, alpha=0.12, linewidth=0, zorder=0.5)
-        ax.axvline(mark.step, color=theme.ink, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1.5)
+        if mark.step is not None:
+            dots = (0, (1, 1.5))
+            ax.axvline(mark.step, color=theme.ink, linewidth=0.9, linestyle=dots, zorder=1.5)
+        for step in mark.rollbacks:
+            ax.axvline(step, color=theme.ink, linewidth=0.8, linestyle=(0, (5, 3)), zorder=1.5)
 
 
 def say_nothing_measured(ax: Axes, theme: Theme) -> None:
