@@ -140,7 +140,7 @@ def test_prompts_by_cut_off_then_repetitive_rollouts():
 
     loop = "again " * 100
     records = rollouts("a", 1, 5) + rollouts("b", 3, 0) + rollouts("c", 3, 1, loop)
-    records += [Record("f", 1, "short")] * 4
+    records += [Record("f", 1, "short", stop_reason=StopReason.STOP)] * 4
     found = summarise(records)
     assert found.num_prompts == 3
     assert [entry.prompt for entry in found.by_prompt] == ["c", "b", "a"]
