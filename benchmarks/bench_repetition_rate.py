@@ -30,7 +30,8 @@ def make_texts(kind: str) -> list[str]:
     for number in range(NUM_TEXTS):
         size = int(rng.integers(4_500, 9_000))
         words = [vocabulary[i] for i in rng.integers(0, len(vocabulary), size)]
-        if kind == "loops" or (kind == "both" and number % 2):
+        # Loops in pairs, so that every thread of the baseline gets as many of either kind.
+        if kind == "loops" or (kind == "both" and number // 2 % 2):
             period = int(rng.integers(5, 100))
             words[200:] = (words[:period] * (size // period + 1))[: size - 200]
         texts.append(" ".join(words) + " and so on" * 200)
