@@ -25,6 +25,7 @@ from stableopd import config as configuration
 from stableopd import embedded
 from stableopd.diagnose.command import read_runs
 from stableopd.report import figures
+from stableopd.report.finals import FINAL_STEPS
 from stableopd.report.page import write_page
 from stableopd.runfolder import RunFolder
 from stableopd.terminal import LiveView, alarm_message, table
@@ -34,8 +35,6 @@ __all__ = ["run_demo"]
 
 ARMS = {"OPD": "opd", "StableOPD": "stable_opd"}
 POLL_SECONDS = 0.5
-# Steps over which the final numbers of the rollouts are averaged.
-FINAL_STEPS = 5
 
 
 @dataclass

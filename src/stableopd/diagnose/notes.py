@@ -55,11 +55,11 @@ def damage(dump: Dump) -> list[str]:
             said.append(f"{count:,} {one if count == 1 else many}: {shown}{rest}")
     if dump.shared_steps:
         said.append(
-            f"{dump.shared_steps:,} steps come from more than one file. If these are several runs, "
-            "diagnose them one at a time."
+            "Steps that come from more than one file: "
+            f"{dump.shared_steps:,}. If these are several runs, diagnose them one at a time."
         )
     if dump.left_out:
         files = ", ".join(file.name for file in dump.left_out[:SHOWN_PROBLEMS])
         more = ", ..." if len(dump.left_out) > SHOWN_PROBLEMS else ""
-        said.append(f"{len(dump.left_out):,} files were passed over: {files}{more}.")
+        said.append(f"Files that were passed over: {files}{more}.")
     return said

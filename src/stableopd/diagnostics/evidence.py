@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stableopd.diagnostics.memory import number
 from stableopd.diagnostics.onset import Onset
 from stableopd.diagnostics.summary import Summary
 
@@ -99,7 +100,7 @@ def find_clues(
 ) -> Clues:
     """Gather the numbers that the rules look at; arguments as in `verdict.judge`."""
     both = ("stop/student_logp", "stop/teacher_logp")
-    stops = [line for line in lines if all(_is_number(line.get(name)) for name in both)]
+    stops = [line for line in lines if None not in [number(line, name) for name in both]]
     student, teacher = (_mean(stops[:FIRST_LINES], name) for name in both)
     if not stops:
         student, teacher = summary.overall.student_stop_logp, summary.overall.teacher_stop_logp
@@ -259,12 +260,8 @@ def _lower(sentence: str) -> str:
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
-    values = [float(line[name]) for line in lines if _is_number(line.get(name))]
+    values = [value for line in lines if (value := number(line, name)) is not None]
     return math.fsum(values) / len(values) if values else math.nan
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _share(value: float) -> str:

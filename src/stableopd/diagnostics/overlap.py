@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stableopd.diagnostics.memory import number
+
 __all__ = ["Agreement", "find_agreement"]
 
 # Design: lines of metrics that are averaged at either end.
@@ -57,8 +59,7 @@ def find_agreement(lines: Sequence[Mapping[str, Any]]) -> Agreement:
 
 
 def _ends(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
-    values = [float(line[name]) for line in lines if isinstance(line.get(name), int | float)]
-    values = [value for value in values if math.isfinite(value)]
+    values = [value for line in lines if (value := number(line, name)) is not None]
     if not values:
         return math.nan, math.nan
     first, last = values[:EDGE_LINES], values[-EDGE_LINES:]
