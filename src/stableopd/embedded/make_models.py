@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stableopd.data.arithmetic import ALPHABET, Document, DocumentStyle, make_document
 
-__all__ = ["main", "make_model", "make_tokenizer"]
+__all__ = ["main", "make_model", "make_tokenizer", "pretrain"]
 
 PAD, END = "<pad>", "<end>"
 PAD_ID, END_ID = 0, 1
@@ -113,19 +113,23 @@ def make_model(seed: int) -> transformers.LlamaForCausalLM:
     return model
 
 
-def pretrain(role: str, scale: float = 1.0) -> transformers.LlamaForCausalLM:
-    """Pretrain one of the two models on its documents.
+def pretrain(
+    name: str, seed: int, phases: Sequence[Phase], scale: float = 1.0
+) -> transformers.LlamaForCausalLM:
+    """Pretrain a model on documents of the embedded world.
 
     Args:
-        role: "student" or "teacher".
+        name: What is printed beside its losses.
+        seed: Of its weights and its documents.
+        phases: The parts of its pretraining, in order.
         scale: Factor on all numbers of steps; other than 1 only to try the script.
 
     Returns:
-        The model. The same role gives the same documents; weights agree to rounding.
+        The model. The same seed and phases give the same documents; weights agree to rounding.
     """
-    model, tokenizer = make_model(SEEDS[role]), make_tokenizer()
-    rng = random.Random(SEEDS[role])
-    for number, phase in enumerate(PHASES[role], start=1):
+    model, tokenizer = make_model(seed), make_tokenizer()
+    rng = random.Random(seed)
+    for number, phase in enumerate(phases, start=1):
         num_steps = max(1, round(phase.num_steps * scale))
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=phase.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
@@ -139,7 +143,7 @@ def pretrain(role: str, scale: float = 1.0) -> transformers.LlamaForCausalLM:
             documents = [make_document(rng, phase.style, BUDGET) for _ in range(BATCH)]
             loss = _step(model, optimizer, tokenizer, documents)
             if (step + 1) % 100 == 0 or step + 1 == num_steps:
-                print(f"{role}, phase {number}, step {step + 1}: loss {loss:.3f}", flush=True)
+                print(f"{name}, phase {number}, step {step + 1}: loss {loss:.3f}", flush=True)
     return model
 
 
@@ -214,7 +218,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for role in [arguments.only] if arguments.only else sorted(SEEDS):
-        model = pretrain(role, arguments.scale)
+        model = pretrain(role, SEEDS[role], PHASES[role], arguments.scale)
         model.save_pretrained(arguments.out / role)
         make_tokenizer().save_pretrained(arguments.out / role)
     for file in arguments.out.glob("*/model.safetensors"):
