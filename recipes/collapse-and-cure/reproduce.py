@@ -1,0 +1,158 @@
+"""`make reproduce`: every run of this recipe, two at a time, and from where it was interrupted.
+
+    python recipes/collapse-and-cure/reproduce.py --output work/reproduce --group main
+
+Each process makes one run after the other on one thread: two threads on two cores are slower than
+two runs of one. Ctrl-C ends it; the same command goes on with what is missing, a half-made
+run from its last checkpoint. What failed is told at the end, and tried again by the next call.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for the processes that are started, too
+
+import experiments  # noqa: E402
+import phase  # noqa: E402
+from experiments import Arm  # noqa: E402
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Job = tuple[str, Callable[..., None], tuple[Any, ...]]
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option(help="Folder of everything.")] = Path("work/reproduce"),
+    group: Annotated[list[str], typer.Option(help="Some questions alone; all by default.")] = [],  # noqa: B006
+    num_seeds: Annotated[int, typer.Option(min=1, help="At most so many seeds of an arm.")] = 99,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps of every run; to try the script.")] = 0,
+) -> None:
+    """Make the models, the runs and the cells that are missing."""
+    known = [*experiments.groups(), "phase"]
+    for name in group:
+        if name not in known:
+            raise typer.BadParameter(f"{name}: choose from {', '.join(known)}.")
+    chosen = group or known
+    arms = experiments.all_arms([name for name in chosen if name != "phase"])
+    cells = phase.cells() if "phase" in chosen else []
+    models = experiments.models_of(arms)
+    models += [m for m in phase.models_of(cells) if m not in models]
+    make_models(models, output / "models", workers, steps)
+    jobs: list[Job] = []
+    # Seed by seed: what is interrupted has few seeds of everything, and not all of little.
+    for number in range(num_seeds if num_seeds < 99 else 5):
+        for arm in arms:
+            if number < len(arm.seeds):
+                seed = arm.seeds[number]
+                path = output / "runs" / arm.folder / f"s{seed}"
+                if not is_finished(path, steps or arm.steps):
+                    jobs.append((f"{arm.folder} s{seed}", make_run, (arm, seed, output, steps)))
+        for cell in cells:
+            if cell.seed == number and not cell.file(output).is_file():
+                jobs.append((cell.name, phase.make_cell, (cell, output, steps)))
+    failed = work(jobs, workers, "runs")
+    if failed:
+        raise typer.Exit(1)
+
+
+def make_models(names: Sequence[str], out: Path, workers: int, steps: int) -> None:
+    """Pretrain what is missing: those that are made of others last."""
+    for late in (False, True):
+        missing = [
+            (name, make_model, (name, out, steps))
+            for name in names
+            if name.startswith("different") == late and not (out / name / "config.json").is_file()
+        ]
+        if work(missing, workers, "models"):
+            raise typer.Exit(1)
+
+
+def make_model(name: str, out: Path, steps: int) -> None:
+    """One model, in a process of its own, whose losses go to a file beside it."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "worlds.py"), name, "--out", str(out)]
+    if steps:
+        command += ["--scale", "0.01"]
+    with (out / f"{name}.log").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+
+
+def is_finished(path: Path, steps: int) -> bool:
+    """Whether a run has made its last step and kept the student of it."""
+    return (path / "checkpoints" / f"{steps:06d}" / "config.json").is_file()
+
+
+def make_run(arm: Arm, seed: int, output: Path, steps: int) -> None:
+    """Train one seed of one arm, or go on with it."""
+    from stableopd import config, embedded
+    from stableopd.training.loop import train
+    from stableopd.training.setup import prepare
+
+    path = output / "runs" / arm.folder / f"s{seed}"
+    overrides = arm.overrides(seed, path, output / "models")
+    if steps:
+        overrides += [f"run.steps={steps}", "eval.max_problems=8"]
+    started = time.process_time()
+    resumes = (path / "config.toml").is_file()
+    run = prepare(config.load(embedded.path("demo"), overrides), resume=resumes)
+    for _ in train(run, lambda: False):
+        pass
+    spent = {"cpu_s": round(time.process_time() - started, 1), "is_whole": not resumes}
+    (path / "seconds.json").write_text(json.dumps(spent) + "\n")
+
+
+def work(jobs: Sequence[Job], workers: int, what: str) -> int:
+    """Do all jobs, some at a time; how many failed."""
+    console = Console()
+    context = multiprocessing.get_context("spawn")
+    failed = 0
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool,
+    ):
+        task = progress.add_task(what, total=len(jobs))
+        running: dict[Future[None], str] = {
+            pool.submit(function, *arguments): name for name, function, arguments in jobs
+        }
+        try:
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    name, error = running.pop(future), future.exception()
+                    failed += error is not None
+                    console.print(f"{name}: {error or 'done'}", highlight=False, soft_wrap=True)
+                    progress.advance(task)
+        except KeyboardInterrupt:
+            for process in pool._processes.values():  # they would finish their runs first
+                process.kill()
+            raise
+    return failed
+
+
+def _one_thread() -> None:
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    app()
