@@ -40,11 +40,13 @@ def lines_of(ax):
 
 
 def all_figures(runs, theme=LIGHT):
+    """Of arms with one seed each."""
+    arms = {name: [lines] for name, lines in runs.items()}
     return [
-        figures.dynamics_figure(runs, REPETITION, theme),
-        figures.logprob_figure(runs, theme),
-        figures.credit_figure(runs, REPETITION, theme),
-        figures.comparison_figure(runs, REPETITION, theme),
+        figures.dynamics_figure(arms, REPETITION, theme),
+        figures.logprob_figure(arms, theme),
+        figures.credit_figure(arms, REPETITION, theme),
+        figures.comparison_figure(arms, REPETITION, theme),
     ]
 
 
@@ -76,7 +78,7 @@ def test_figures_draw_the_numbers():
 
 def test_accuracy_of_rollouts_is_drawn_where_nothing_was_evaluated():
     lines = [{"step": s, "rollout/accuracy": 0.1 * s} for s in range(4)]
-    figure = figures.dynamics_figure({"x": lines}, REPETITION)
+    figure = figures.dynamics_figure({"x": [lines]}, REPETITION)
     assert "Accuracy (rollouts)" in texts(figure)
     assert len(figure.axes[3].lines) == 1
     assert texts(figure).count("not measured") == 3
@@ -110,7 +112,7 @@ def test_figures_of_missing_numbers(runs, tmp_path):
 
 
 def test_a_run_has_one_colour_everywhere():
-    alone = figures.dynamics_figure({"opd": TWO["opd"]}, REPETITION)
+    alone = figures.dynamics_figure({"opd": [TWO["opd"]]}, REPETITION)
     for figure in [alone, *all_figures(TWO)]:
         assert figure.axes[0].lines[0].get_color() == LIGHT.arms[0]
     for figure in all_figures(TWO, DARK):
@@ -129,8 +131,19 @@ def test_methods_have_colours_of_their_own():
 
 
 def test_many_runs_can_be_drawn():
-    runs = {f"arm {i}": TWO["opd"] for i in range(9)}
-    assert len(figures.dynamics_figure(runs, REPETITION).axes[0].lines) == 9
+    arms = {f"arm {i}": [TWO["opd"]] for i in range(9)}
+    assert len(figures.dynamics_figure(arms, REPETITION).axes[0].lines) == 9
+
+
+def test_seeds_of_an_arm_are_one_line_and_a_band():
+    higher = [
+        {**line, "rollout/mean_length": 60.0} if line["step"] else line for line in TWO["opd"]
+    ]
+    length = figures.dynamics_figure({"opd": [TWO["opd"], higher]}, REPETITION).axes[0]
+    steps = list(range(1, 13))
+    means = [(40.0 + 70 * s / 12 + 60.0) / 2 for s in steps]
+    assert lines_of(length) == [(steps, pytest.approx(means))]
+    assert len(length.collections) == 1
 
 
 def test_the_onset_is_marked():

@@ -211,7 +211,7 @@ def _write_figures(
     output: Path,
     repetition: configuration.RepetitionConfig,
 ) -> None:
-    runs = {name: folder.metrics() for name, folder in folders}
+    runs = {name: [folder.metrics()] for name, folder in folders}
     figures.save_png(figures.dynamics_figure(runs, repetition), output / "figure-1-dynamics.png")
     figures.save_png(figures.logprob_figure(runs), output / "figure-2-logprobs.png")
     figures.save_png(figures.credit_figure(runs, repetition), output / "figure-3-credit.png")

@@ -27,11 +27,10 @@ from stableopd.report.panels import (
     logprob_panels,
     prepare_axes,
 )
-from stableopd.report.series import Lines
+from stableopd.report.series import Arms
 from stableopd.report.themes import LIGHT, Style, Theme, choose_colors, line_style
 
 __all__ = [
-    "Runs",
     "comparison_figure",
     "credit_figure",
     "dynamics_figure",
@@ -39,50 +38,48 @@ __all__ = [
     "save_png",
 ]
 
-Runs = Mapping[str, Lines]
 
-
-def dynamics_figure(runs: Runs, repetition: RepetitionConfig, theme: Theme = LIGHT) -> Figure:
+def dynamics_figure(arms: Arms, repetition: RepetitionConfig, theme: Theme = LIGHT) -> Figure:
     """Figure 1: length, TruncRate, RepRate and accuracy over steps.
 
     Args:
-        runs: Lines of metrics by the name of the run.
+        arms: Lines of metrics of each seed, by the name of the arm; seeds are drawn as a band.
         repetition: What repetition was measured with; shown in the titles.
         theme: Colours.
 
     Returns:
         A figure of 2 x 2 panels.
     """
-    panels = dynamics_panels(_arms(runs), _parameters(repetition))
-    return _figure(runs, panels, 2, (8.4, 5.4), theme, _evaluation_key(runs))
+    panels = dynamics_panels(arms, _parameters(repetition))
+    return _figure(arms, panels, 2, (8.4, 5.4), theme, _evaluation_key(arms))
 
 
-def logprob_figure(runs: Runs, theme: Theme = LIGHT) -> Figure:
+def logprob_figure(arms: Arms, theme: Theme = LIGHT) -> Figure:
     """Figure 2: mean log-prob of the rollouts' tokens by student and teacher, and the advantage.
 
     Arguments and result as in `dynamics_figure`; 1 x 2 panels.
     """
     keys: dict[str, Style] = {"student": "solid", "teacher": "dashed"}
-    return _figure(runs, logprob_panels(), 2, (8.4, 3.2), theme, keys)
+    return _figure(arms, logprob_panels(), 2, (8.4, 3.2), theme, keys)
 
 
-def credit_figure(runs: Runs, repetition: RepetitionConfig, theme: Theme = LIGHT) -> Figure:
+def credit_figure(arms: Arms, repetition: RepetitionConfig, theme: Theme = LIGHT) -> Figure:
     """Figure 3: mean advantage of repetitive and of regular tokens, and the repetitive share.
 
     Arguments and result as in `dynamics_figure`; 1 x 2 panels.
     """
     keys: dict[str, Style] = {"regular tokens": "solid", "repetitive tokens": "dashed"}
-    return _figure(runs, credit_panels(_parameters(repetition)), 2, (8.4, 3.2), theme, keys)
+    return _figure(arms, credit_panels(_parameters(repetition)), 2, (8.4, 3.2), theme, keys)
 
 
-def comparison_figure(runs: Runs, repetition: RepetitionConfig, theme: Theme = LIGHT) -> Figure:
+def comparison_figure(arms: Arms, repetition: RepetitionConfig, theme: Theme = LIGHT) -> Figure:
     """Figure 4: the quantities of figures 1 and 2 for several runs, say OPD and StableOPD.
 
     Arguments and result as in `dynamics_figure`; 2 x 3 panels.
     """
-    panels = (*dynamics_panels(_arms(runs), _parameters(repetition)), *logprob_panels())
-    keys: dict[str, Style] = {**_evaluation_key(runs), "teacher": "dashed"}
-    return _figure(runs, panels, 3, (11.4, 5.6), theme, keys)
+    panels = (*dynamics_panels(arms, _parameters(repetition)), *logprob_panels())
+    keys: dict[str, Style] = {**_evaluation_key(arms), "teacher": "dashed"}
+    return _figure(arms, panels, 3, (11.4, 5.6), theme, keys)
 
 
 def save_png(figure: Figure, path: str | Path, dpi: int = 150) -> None:
@@ -92,7 +89,7 @@ def save_png(figure: Figure, path: str | Path, dpi: int = 150) -> None:
 
 
 def _figure(
-    runs: Runs,
+    arms: Arms,
     panels: Sequence[Panel],
     columns: int,
     size: tuple[float, float],
@@ -102,7 +99,7 @@ def _figure(
     """Panels with their titles, and one legend: a colour for each run, a style for each key."""
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(hspace=0.07, wspace=0.04))
     rows = len(panels) // columns
-    colors = choose_colors(list(runs))
+    colors = choose_colors(list(arms))
     for place, panel in enumerate(panels, start=1):
         ax = figure.add_subplot(rows, columns, place)
         prepare_axes(ax, theme)
@@ -110,9 +107,9 @@ def _figure(
         ax.set_ylabel(panel.unit, fontsize=9, color=theme.ink)
         if place > len(panels) - columns:
             ax.set_xlabel("step", color=theme.ink, fontsize=9)
-        draw_panel(ax, panel, _arms(runs), colors, theme)
+        draw_panel(ax, panel, arms, colors, theme)
     handles = [
-        Line2D([], [], color=theme.arms[colors[name]], linewidth=3, label=name) for name in runs
+        Line2D([], [], color=theme.arms[colors[name]], linewidth=3, label=name) for name in arms
     ]
     handles += [Line2D([], [], color=theme.ink, label=k, **line_style(s)) for k, s in keys.items()]
     figure.legend(
@@ -126,10 +123,6 @@ def _figure(
     return figure
 
 
-def _arms(runs: Runs) -> dict[str, list[Lines]]:
-    return {name: [lines] for name, lines in runs.items()}
-
-
 def _parameters(repetition: RepetitionConfig) -> Parameters:
     """Those of a run of this program, which labels tokens."""
     return Parameters(
@@ -137,5 +130,5 @@ def _parameters(repetition: RepetitionConfig) -> Parameters:
     )
 
 
-def _evaluation_key(runs: Runs) -> dict[str, Style]:
-    return {"held-out problems": "dots"} if has_evaluations(_arms(runs)) else {}
+def _evaluation_key(arms: Arms) -> dict[str, Style]:
+    return {"held-out problems": "dots"} if has_evaluations(arms) else {}
