@@ -5,12 +5,13 @@ PY    := $(VENV)/bin/python
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-slow lint types format bench smollm2 wheel clean
+.PHONY: help demo test test-slow lint types format bench reproduce smollm2 wheel clean
 
 help:
 	@echo "make demo    OPD collapses, StableOPD does not: both, live, in a minute or two"
 	@echo "make test    the tests;  make lint, make types: the other checks"
 	@echo "make bench   the benchmarks;  make smollm2: the recipe with a real language model"
+	@echo "make reproduce   every run behind docs/results.md, and the page: hours, resumable"
 
 $(VENV)/.base: requirements/base.txt pyproject.toml
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -46,6 +47,19 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	for script in benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
+
+# Every run behind docs/results.md: what is done is skipped, and what was interrupted goes on.
+CURE := recipes/collapse-and-cure
+REPRODUCE_OUTPUT := work/reproduce
+REPRODUCE_DOCS := docs
+
+$(VENV)/.reproduce: $(VENV)/.base requirements/reproduce.txt
+	$(PIP) --no-deps -r requirements/reproduce.txt
+	touch $@
+
+reproduce: $(VENV)/.reproduce
+	OMP_NUM_THREADS=1 $(PY) $(CURE)/reproduce.py --output $(REPRODUCE_OUTPUT) $(REPRODUCE_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) $(CURE)/results.py --output $(REPRODUCE_OUTPUT) --docs $(REPRODUCE_DOCS)
 
 # The recipe with a real language model: every stage that is done is skipped, and training resumes.
 SMOL := recipes/smollm2-gsm

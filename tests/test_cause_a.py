@@ -7,6 +7,7 @@ id than its base. Nothing else distinguishes the two stops.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,29 +21,18 @@ from stableopd.rollout.stops import stop_ids_of
 from stableopd.training.loop import train as steps
 from stableopd.training.setup import prepare
 
-PAD, END, TURN = 0, 1, 18
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "collapse-and-cure"))
+
+import worlds
+
+END, TURN = 1, 18
 STEPS = 15
 
 
 def make_pair(folder: Path) -> Path:
     """Write the embedded student and teacher with one token more, the teacher's stop."""
     for role in ("student", "teacher"):
-        source = embedded.path(role)
-        model = AutoModelForCausalLM.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        assert len(tokenizer) == TURN
-        tokenizer.add_tokens(["<turn>"], special_tokens=True)
-        model.resize_token_embeddings(TURN + 1, mean_resizing=False)
-        tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-        with torch.no_grad():
-            for table in tables:
-                table[TURN] = table[PAD]  # a token that never came up in pretraining
-                if role == "teacher":
-                    table[[END, TURN]] = table[[TURN, END]]
-        if role == "teacher":
-            model.generation_config.eos_token_id = model.config.eos_token_id = TURN
-            tokenizer.eos_token = "<turn>"
-        tiny.save_model(folder / role, model, tokenizer)
+        tiny.save_model(folder / role, *worlds.other_stop(f"different-{role}", folder))
     return folder
 
 

@@ -51,6 +51,7 @@ def main(
     chosen = group or known
     arms = experiments.all_arms([name for name in chosen if name != "phase"])
     cells = phase.cells() if "phase" in chosen else []
+    note_commit(output)
     models = experiments.models_of(arms)
     models += [m for m in phase.models_of(cells) if m not in models]
     make_models(models, output / "models", workers, steps)
@@ -69,6 +70,17 @@ def main(
     failed = work(jobs, workers, "runs")
     if failed:
         raise typer.Exit(1)
+
+
+def note_commit(output: Path) -> None:
+    """Keep which state of the code made the runs; a changed working tree is marked by a plus."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
+    told = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    file = output / "commits.txt"
+    known = file.read_text().split() if file.is_file() else []
+    if told and told not in known:
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join([*known, told]) + "\n")
 
 
 def make_models(names: Sequence[str], out: Path, workers: int, steps: int) -> None:
