@@ -254,7 +254,7 @@ def test_slices_and_gains_are_read_from_cells():
     table = maps.slice_table(results, "budget", phase.BUDGETS).splitlines()
     assert table[2] == "| 28 | 80 | 3 of 3 | 40, 40, 40 | 0 of 3 | - |"
     rates = maps.slice_table(results, "rate", phase.RATES).splitlines()
-    assert rates[2].startswith("| 0.0002 | 320 | 3 of 3 |")
+    assert rates[2].startswith("| 0.0004 | 160 | 3 of 3 |")
     gains = maps.strength_table(results, "strength").splitlines()
     assert gains[2] == "| 100 | 0.25 | 0.75 | 0.75 | 0.75 | collapse | collapse | collapse |"
 

@@ -122,7 +122,7 @@ def main_arms() -> list[Arm]:
 
 def recovery() -> list[Arm]:
     """Does OPD come back when it goes on?"""
-    return [Arm("B", "opd-300", METHODS["opd"], (0, 1, 2), 300, 20)]
+    return [Arm("B", "opd-300", METHODS["opd"], (0, 1), 300, 20)]
 
 
 def stops() -> list[Arm]:
@@ -141,7 +141,7 @@ def cures(world: str) -> list[Arm]:
     arms: list[Arm] = []
     for name, settings in CURES.items():
         if world == "A":
-            arms.append(Arm("A", name, {"objective.stop": "token", **settings}, steps=60))
+            arms.append(Arm("A", name, {"objective.stop": "token", **settings}, (0, 1), 60))
         elif name != "opd-event":  # with equal stop ids it is opd
             arms.append(_shared(Arm("B", name, settings)))
     return arms
@@ -170,7 +170,7 @@ def rates() -> list[Arm]:
         for rate, steps in ((1e-4, 240), (1e-3, 120)):
             settings = {**METHODS[method], "optimizer.learning_rate": rate}
             arms.append(Arm("B", f"{method}-rate-{rate:g}", settings, (0, 1), steps))
-        for clip in (0.1, 0.2, 0.4):
+        for clip in (0.1, 0.4):
             settings = {**METHODS[method], "objective.updates_per_batch": 4, "objective.clip": clip}
             arms.append(Arm("B", f"{method}-four-clip-{clip:g}", settings, (0, 1), 50))
     return arms

@@ -97,6 +97,11 @@ def _draw(
                 text = f"{num}/{total}"
                 ax.text(j, i, text, ha="center", va="center", fontsize=10, color=color)
     ax.imshow(shares, cmap=COLORS, vmin=0, vmax=1.15, origin="lower", aspect="auto")
+    for edge in range(1, max(shares.shape)):
+        ax.axvline(edge - 0.5, color="white", linewidth=2)
+        ax.axhline(edge - 0.5, color="white", linewidth=2)
+    ax.set_xlim(-0.5, len(phase.LOOPS) - 0.5)
+    ax.set_ylim(-0.5, len(rows) - 0.5)
     ax.set_xticks(range(len(phase.LOOPS)), [f"{float(x):g}" for x in phase.LOOPS], fontsize=9)
     ax.set_yticks(range(len(rows)), labels, fontsize=9)
     ax.tick_params(length=0)
