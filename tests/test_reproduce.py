@@ -16,6 +16,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stableopd import config, embedded
+from stableopd.data.arithmetic import make_problems
+from stableopd.data.prompts import load_prompts
 from stableopd.embedded.make_models import PHASES
 from stableopd.runfolder import RunFolder
 
@@ -59,8 +61,8 @@ def test_every_arm_is_a_configuration():
                 given = arm.overrides(seed, Path("runs/x"), Path("models"))
                 read = config.load(embedded.path("demo"), given)
                 assert (read.run.seed, read.run.steps) == (seed, arm.steps)
-                assert read.student.model == ("embedded" if arm.world in ("B", "none") else
-                                              "models/different-student")  # fmt: skip
+                other = arm.world in ("A", "AB")
+                assert read.student.model == ("models/different-student" if other else "embedded")
 
 
 def test_one_folder_is_one_experiment():
@@ -93,7 +95,7 @@ def test_models_are_made_before_those_that_are_made_of_them():
     assert models.index("teacher-loops-0") < models.index("different-plain-teacher")
     assert {"different-student", "different-teacher"} < set(models)
     for name in (*models, *phase.models_of(phase.cells())):
-        if not name.startswith("different"):
+        if not name.startswith(("different", "problems")):
             worlds.phases_of(name)
 
 
@@ -105,6 +107,15 @@ def test_names_of_models_are_pretrainings():
     assert (clean.num_steps, sloppy) == (300, PHASES["student"][1])
     assert [p.style.repeat for p in worlds.phases_of("student-loops-0.3")] == [(0.3,), (0.3,)]
     assert [p.style.slip for p in worlds.phases_of("student-loops-0.3")] == [0.0, 0.42]
+
+
+def test_problems_are_written(tmp_path):
+    worlds.main("problems-5.jsonl", tmp_path)
+    assert worlds.is_made("problems-5.jsonl", tmp_path)
+    settings = config.load(embedded.path("demo")).data
+    read = load_prompts(str(tmp_path / "problems-5.jsonl"), settings, split="train",
+                        needs_solution=True, needs_answer=True)  # fmt: skip
+    assert read == make_problems(5, 0, "train")
 
 
 def test_the_jump_and_the_collapse():

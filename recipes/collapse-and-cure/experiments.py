@@ -22,6 +22,7 @@ WORLDS: dict[str, Settings] = {
     "A": {"student.model": "different-student", "teacher.model": "different-plain-teacher"},
     "AB": {"student.model": "different-student", "teacher.model": "different-teacher"},
     "none": {"teacher.model": "teacher-loops-0"},
+    "scarce": {"data.train": "problems-64.jsonl"},
 }
 
 
@@ -120,6 +121,12 @@ def main_arms() -> list[Arm]:
     return [Arm("B", name, settings, seeds, 120, 10) for name, settings in METHODS.items()]
 
 
+def scarce() -> list[Arm]:
+    """With 64 problems to train on golden solutions alone do not reach the ceiling."""
+    names = ("sft", "grpo", "opd", "opd-golden", "stable_opd")
+    return [Arm("scarce", name, METHODS[name], (0, 1, 2, 3, 4), 120, 10) for name in names]
+
+
 def recovery() -> list[Arm]:
     """Does OPD come back when it goes on?"""
     return [Arm("B", "opd-300", METHODS["opd"], (0, 1), 300, 20)]
@@ -185,6 +192,7 @@ def groups() -> dict[str, list[Arm]]:
     """All arms by the question that they answer, the most important question first."""
     return {
         "main": main_arms(),
+        "scarce": scarce(),
         "stops": stops(),
         "cures": cures("B") + cures("A"),
         "sweep": sweep(),

@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE))  # for the processes that are started, too
 
 import experiments  # noqa: E402
 import phase  # noqa: E402
+import worlds  # noqa: E402
 from experiments import Arm  # noqa: E402
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -89,7 +90,7 @@ def make_models(names: Sequence[str], out: Path, workers: int, steps: int) -> No
         missing = [
             (name, make_model, (name, out, steps))
             for name in names
-            if name.startswith("different") == late and not (out / name / "config.json").is_file()
+            if name.startswith("different") == late and not worlds.is_made(name, out)
         ]
         if work(missing, workers, "models"):
             raise typer.Exit(1)

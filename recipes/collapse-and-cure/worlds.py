@@ -6,7 +6,8 @@
 - student-steps-N: the shipped student's, with N clean steps;
 - student-loops-Q: the shipped student's, with probability Q of a further copy of an answer;
 - different-ROLE (of shipped models), different-plain-teacher: a vocabulary with a second stop
-  token, with which the teacher stops; nothing else tells the two stops apart.
+  token, with which the teacher stops; nothing else tells the two stops apart;
+- problems-N.jsonl: no model but data, the first N problems to train on.
 
 Everything else (seed, learning rates, sloppy steps at the end) is the shipped models' own.
 """
@@ -14,6 +15,7 @@ Everything else (seed, learning rates, sloppy steps at the end) is the shipped m
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from stableopd import embedded
+from stableopd.data.arithmetic import make_problems
 from stableopd.embedded.make_models import (
     END_ID,
     PAD_ID,
@@ -46,7 +49,10 @@ def main(
     scale: Annotated[float, typer.Option(help="Factor on steps; to try the script.")] = 1.0,
 ) -> None:
     """Make one model, unless it is there."""
-    if (out / name / "config.json").is_file():
+    if is_made(name, out):
+        return
+    if name.startswith("problems-"):
+        write_problems(name, out)
         return
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -62,6 +68,22 @@ def main(
     for file in sorted((out / f"{name}.part").iterdir(), key=lambda f: f.name == "config.json"):
         file.rename(out / name / file.name)
     (out / f"{name}.part").rmdir()
+
+
+def is_made(name: str, out: Path) -> bool:
+    """Whether it is there, and whole."""
+    return (out / name if name.endswith(".jsonl") else out / name / "config.json").is_file()
+
+
+def write_problems(name: str, out: Path) -> None:
+    """The problems of problems-N.jsonl."""
+    number = int(name.removeprefix("problems-").removesuffix(".jsonl"))
+    rows = [
+        {"id": p.id, "prompt": p.prompt, "solution": p.solution, "answer": p.answer}
+        for p in make_problems(number, 0, "train")
+    ]
+    (out / f"{name}.part").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / f"{name}.part").rename(out / name)
 
 
 def phases_of(name: str) -> tuple[Phase, ...]:
