@@ -254,7 +254,11 @@ def test_a_peft_model_is_sampled_with_its_adapter():
     for rollout in rollouts:
         assert rollout.sampler_logps == pytest.approx(dense_logps(model, rollout, V), abs=1e-4)
     with model.disable_adapter():
-        assert make(model, (2, 9)).sample(RAGGED, 3, SamplingSettings(10), seed=2) == before
+        without = make(model, (2, 9)).sample(RAGGED, 3, SamplingSettings(10), seed=2)
+        assert [r.completion_ids for r in without] == [r.completion_ids for r in before]
+        # Not bit by bit: peft's own forward may reach another kernel, which rounds differently.
+        for rollout, first in zip(without, before, strict=True):
+            assert rollout.sampler_logps == pytest.approx(first.sampler_logps, abs=1e-5)
 
 
 def test_a_prompt_without_tokens_is_refused(model):
