@@ -16,17 +16,26 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 from stableopd.types import DataError
 
-__all__ = ["grade"]
+__all__ = ["Grade", "grade", "judge"]
 
 # The child limits each parse and each comparison itself; the parent kills it when that fails.
 SOFT_SECONDS = 2
 HARD_SECONDS = 8.0
 START_SECONDS = 120.0
 MEMORY_BYTES = 4 * 2**30  # a tower of powers must not take the memory of the training
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What came of an answer; one that took too long is not right."""
+
+    is_right: bool
+    is_late: bool = False
 
 
 def grade(completion: str, answer: str, grader: str, marker: str) -> bool:
@@ -50,14 +59,37 @@ def grade(completion: str, answer: str, grader: str, marker: str) -> bool:
     Raises:
         DataError: The grader is unknown, or math-verify cannot be started.
     """
+    return judge(completion, answer, grader, marker).is_right
+
+
+def judge(
+    completion: str, answer: str, grader: str, marker: str, time_limit: float | None = None
+) -> Grade:
+    """Grade a completion as `grade` does, and tell whether its time ran out.
+
+    Args:
+        completion: The completion as text.
+        answer: The right answer.
+        grader: "exact" or "math".
+        marker: What stands before the answer, for "exact".
+        time_limit: Seconds that math-verify has for this one, parsing and comparing together; None
+            limits each part by itself, and tells an answer that is late from one that is wrong
+            only where its whole process had to be killed.
+
+    Returns:
+        Whether it is right, and whether it was late.
+
+    Raises:
+        DataError: The grader is unknown, or math-verify cannot be started.
+    """
     if grader == "math":
-        return _CHILD.ask(completion, answer)
+        return _CHILD.ask(completion, answer, time_limit)
     if grader != "exact":
         raise DataError(f"data.grader = {grader!r} is not possible; choose from exact, math.")
     if marker not in completion:
-        return False
+        return Grade(False)
     text = completion.rpartition(marker)[2] if marker else completion
-    return text.strip() == answer.strip()
+    return Grade(text.strip() == answer.strip())
 
 
 class _Child:
@@ -67,12 +99,15 @@ class _Child:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, completion: str, answer: str) -> bool:
+    def ask(self, completion: str, answer: str, time_limit: float | None) -> Grade:
+        # With a limit of the caller's the child sets none: one that strikes there looks like "no".
+        soft = SOFT_SECONDS if time_limit is None and hasattr(signal, "SIGALRM") else None
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            question = json.dumps([completion, answer]).encode("ascii") + b"\n"
-            return self._exchange(question, HARD_SECONDS) == b"1\n"
+            question = json.dumps([completion, answer, soft]).encode("ascii") + b"\n"
+            reply, is_late = self._exchange(question, time_limit or HARD_SECONDS)
+        return Grade(reply == b"1\n", is_late)
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -103,19 +138,25 @@ class _Child:
             raise DataError(
                 f"data.grader = 'math': the process for math-verify cannot be started ({error})."
             ) from None
-        if self._exchange(b"", START_SECONDS) != b"ready\n":
+        if self._exchange(b"", START_SECONDS)[0] != b"ready\n":
             raise DataError(
                 "data.grader = 'math': math-verify cannot be loaded; see what "
                 "`python -c 'import math_verify'` says, or set data.grader = \"exact\"."
             )
 
-    def _exchange(self, question: bytes, seconds: float) -> bytes:
-        """Write a line and read one; b"" when the child died or was killed for being late."""
+    def _exchange(self, question: bytes, seconds: float) -> tuple[bytes, bool]:
+        """Write a line and read one, b"" when the child died; and whether it was killed as late."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(seconds, process.kill)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
         try:
@@ -131,8 +172,8 @@ class _Child:
             timer.cancel()
         if not reply.endswith(b"\n"):
             self.close()
-            return b""
-        return reply
+            return b"", late.is_set()
+        return reply, False
 
 
 _CHILD = _Child()
@@ -156,38 +197,37 @@ def _serve() -> None:
     replies.write(b"ready\n")
     replies.flush()
     for line in sys.stdin.buffer:
-        completion, answer = json.loads(line)
-        replies.write(b"1\n" if _equal(completion, answer) else b"0\n")
+        completion, answer, soft_limit = json.loads(line)
+        replies.write(b"1\n" if _equal(completion, answer, soft_limit) else b"0\n")
         replies.flush()
 
 
-def _equal(completion: str, answer: str) -> bool:
+def _equal(completion: str, answer: str, soft_limit: int | None) -> bool:
     from math_verify import verify
     from math_verify.errors import TimeoutException
 
     try:
-        target = _parse(completion)
-        return bool(target) and verify(_parse_gold(answer), target, timeout_seconds=_soft_limit())
+        target = _parse(completion, soft_limit)
+        if not target:
+            return False
+        return verify(_parse_gold(answer, soft_limit), target, timeout_seconds=soft_limit)
     except (Exception, TimeoutException):  # whatever a model wrote: not understood is not right
         return False
 
 
-def _parse_gold(answer: str) -> list[Any]:
+def _parse_gold(answer: str, soft_limit: int | None) -> list[Any]:
     # A bare answer such as \frac{1}{2} or (1, 2) is found as a formula only between delimiters.
     delimited = any(mark in answer for mark in ("$", "\\boxed", "\\(", "\\["))
-    return (_parse(answer) if delimited else _parse(f"${answer}$")) or _parse(answer)
+    text = answer if delimited else f"${answer}$"
+    return _parse(text, soft_limit) or _parse(answer, soft_limit)
 
 
-def _parse(text: str) -> list[Any]:
+def _parse(text: str, soft_limit: int | None) -> list[Any]:
     from math_verify import parse
 
-    # A value of None turns the limit off, where there is no SIGALRM; the parent's remains.
-    limit: Any = _soft_limit()
+    # A value of None turns the limit off, also where there is no SIGALRM; the parent's remains.
+    limit: Any = soft_limit
     return parse(text, parsing_timeout=limit)
-
-
-def _soft_limit() -> int | None:
-    return SOFT_SECONDS if hasattr(signal, "SIGALRM") else None
 
 
 if __name__ == "__main__":
