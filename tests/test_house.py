@@ -43,10 +43,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": MATHS | {"runfolder"},
     "diagnose": MATHS | {"runfolder", "integrations", "report", "terminal"},
     "doctor": MODELS | DATA | {"training", "terminal"},
+    "evaluate": MODELS | DATA | {"evaluation", "report", "terminal", "training"},
     "demo": FOUNDATION | {"__init__", "diagnose", "embedded", "runfolder", "report", "terminal"},
     "cli": FOUNDATION
     | {"__init__", "runfolder", "report", "terminal", "demo", "training", "evaluation", "rollout"}
-    | {"diagnose", "diagnostics", "doctor"},
+    | {"diagnose", "diagnostics", "doctor", "evaluate"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -1,4 +1,4 @@
-"""The command line: `stableopd train | demo | diagnose | doctor | compare | report`."""
+"""The command line: `stableopd train | eval | demo | diagnose | doctor | compare | report`."""
 
 from __future__ import annotations
 
@@ -138,6 +138,68 @@ def _finish_step_on_interrupt() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Option(help="Folder, checkpoint or adapter of a run, hub name, embedded.")
+    ],
+    data: Annotated[
+        list[str], typer.Option(help="Problems with answers: .jsonl, .parquet; may be repeated.")
+    ],
+    num_samples: Annotated[int, typer.Option("-k", "--samples", min=1, help="Answers each.")] = 1,
+    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/eval"),
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="0: what the context leaves, at most 4096.")
+    ] = 0,
+    max_problems: Annotated[int, typer.Option(min=0, help="Of each data set; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 64,
+    grader: Annotated[
+        str, typer.Option(help="math (math-verify), exact, or auto: math, embedded data exact.")
+    ] = "auto",
+    answer_marker: Annotated[str, typer.Option(help="What stands before an exact answer.")] = "",
+    chat_template: Annotated[bool, typer.Option(help="Put prompts through it.")] = True,
+    prompt_column: Annotated[str, typer.Option(help="Dots reach into objects.")] = "prompt",
+    answer_column: Annotated[str, typer.Option(help="Dots reach into objects.")] = "answer",
+    gguf_file: Annotated[str, typer.Option(help="GGUF file in the model's folder.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto: bfloat16 on CUDA, else float32.")] = "auto",
+    time_limit: Annotated[float, typer.Option(help="Seconds to grade one answer.")] = 10.0,
+    window_chars: Annotated[int, typer.Option(min=1, help="L of RepRate, characters.")] = 10_000,
+    ratio: Annotated[float, typer.Option(help="tau of RepRate.")] = 10.0,
+    as_json: AsJson = False,
+) -> None:
+    """Answer problems k times each: avg@k, pass@k, truncation, repetition; goes on after a kill."""
+    from stableopd.evaluate.command import run_eval
+    from stableopd.evaluate.settings import Settings
+
+    settings = Settings(
+        model=model,
+        data=tuple(data),
+        num_samples=num_samples,
+        gguf_file=gguf_file,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        max_problems=max_problems,
+        seed=seed,
+        batch_size=batch_size,
+        grader=grader,
+        answer_marker=answer_marker,
+        chat_template=chat_template,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
+        device=device,
+        dtype=dtype,
+        time_limit=time_limit,
+        window_chars=window_chars,
+        ratio=ratio,
+    )
+    raise typer.Exit(run_eval(settings, output, as_json))
 
 
 @app.command()

@@ -30,6 +30,7 @@ __all__ = [
     "require_same_tokenizer",
     "shared_vocabulary",
     "token_hidden_states",
+    "with_adapter",
 ]
 
 # What transformers, its libraries and broken files raise when a model cannot be loaded.
@@ -299,3 +300,33 @@ def add_lora(student: LanguageModel, rank: int, alpha: int, targets: str) -> Lan
     except ValueError as error:
         raise ModelError(f"student.lora_targets = {targets!r}: {error}") from None
     return LanguageModel(student.name, model, student.tokenizer, student.context)
+
+
+def with_adapter(base: LanguageModel, folder: Path) -> LanguageModel:
+    """Merge a saved LoRA adapter into the model that it was trained on.
+
+    Args:
+        base: The model without the adapter; its weights are changed.
+        folder: What PEFT's `save_pretrained` wrote, such as a checkpoint of a run with LoRA.
+
+    Returns:
+        The merged model under the folder's name.
+
+    Raises:
+        ModelError: peft is not installed, or the adapter does not fit the model.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ModelError(
+            f"{folder} is an adapter, which needs the package peft; install stableopd[peft]."
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # as in add_lora
+            adapted: Any = peft.PeftModel.from_pretrained(base.model, str(folder))
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{folder}: the adapter does not fit {base.name}: {reason}") from error
+    merged = adapted.merge_and_unload().eval()
+    return LanguageModel(str(folder), merged, base.tokenizer, base.context)

@@ -330,6 +330,6 @@ def _check_length(
     if context is not None and length + max_new_tokens > context:
         raise DataError(
             f"prompt {prompt.id}: {length} tokens and a completion of up to {max_new_tokens} do "
-            f"not fit into the model's context of {context}; lower max_new_tokens in [rollout] "
-            "(or [eval]) or leave the prompt out."
+            f"not fit into the model's context of {context}; lower max_new_tokens or leave the "
+            "prompt out."
         )

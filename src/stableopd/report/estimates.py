@@ -54,12 +54,13 @@ def half_widths(deviations: ArrayLike, counts: ArrayLike) -> NDArray[np.float64]
     return np.where(sizes < 2, math.nan, quantiles * spread / np.sqrt(np.maximum(sizes, 1)))
 
 
-def seeds_estimate(values: Sequence[float], is_share: bool) -> Estimate:
-    """The mean over seeds with its t interval.
+def seeds_estimate(values: Sequence[float], is_share: bool, what: str = "seeds") -> Estimate:
+    """The mean over seeds (or problems) with its t interval.
 
     Args:
         values: One number per seed. Equal ones tell nothing of their spread: no interval.
         is_share: Whether the interval has to stay within [0, 1].
+        what: What the values are of.
 
     Returns:
         The estimate, over "n seeds".
@@ -69,7 +70,7 @@ def seeds_estimate(values: Sequence[float], is_share: bool) -> Estimate:
         return Estimate(value)
     half = float(half_widths(np.std(values, ddof=1), len(values)))
     interval = (value - half, value + half)
-    return Estimate(value, _clip(interval) if is_share else interval, f"{len(values)} seeds")
+    return Estimate(value, _clip(interval) if is_share else interval, f"{len(values)} {what}")
 
 
 def normal_estimate(value: float, standard_error: float) -> Estimate:
