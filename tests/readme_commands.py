@@ -23,9 +23,8 @@ def main(page: str) -> None:
     blocks = BLOCK.findall(Path(page).read_text())
     if not blocks:
         sys.exit(f"{page}: no checked block")
-    for folder in {
-        name for _, block in blocks for name in re.findall(r"run\.output=(runs/[\w-]+)", block)
-    }:
+    outputs = re.compile(r"(?:run\.output=|--output )(runs/[\w-]+)")
+    for folder in {name for _, block in blocks for name in outputs.findall(block)}:
         shutil.rmtree(folder, ignore_errors=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for code, block in blocks:
