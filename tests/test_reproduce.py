@@ -30,6 +30,7 @@ import experiments  # noqa: E402
 import maps  # noqa: E402
 import outcomes  # noqa: E402
 import phase  # noqa: E402
+import reproduce  # noqa: E402
 import tables  # noqa: E402
 import worlds  # noqa: E402
 from experiments import Arm  # noqa: E402
@@ -267,7 +268,7 @@ def test_slices_and_gains_are_read_from_cells():
     rates = maps.slice_table(results, "rate", phase.RATES).splitlines()
     assert rates[2].startswith("| 0.0004 | 160 | 3 of 3 |")
     gains = maps.strength_table(results, "strength").splitlines()
-    assert gains[2] == "| 100 | 0.25 | 0.75 | 0.75 | 0.75 | collapse | collapse | collapse |"
+    assert gains[2] == "| 100 | 0.25 | 0.75 | 0.75" + " | collapse" * 4 + " |"
 
 
 def test_a_cell_ends_when_it_has_collapsed():
@@ -287,6 +288,22 @@ def test_a_cell_is_run(tmp_path):
     assert result["cpu_s"] > 0
 
 
+def test_last_students_are_evaluated(tmp_path):
+    folder = tmp_path / "finals" / "B" / "opd" / "s1"
+    reproduce.make_final("embedded", folder, 1)
+    final = outcomes.read_final(folder)
+    rows = [json.loads(line) for line in (folder / "embedded.jsonl").read_text().splitlines()]
+    assert final["accuracy"] == fmean(sum(row["correct"]) / 8 for row in rows)
+    assert final["pass_at_8"] == fmean(any(row["correct"]) for row in rows)
+    assert len(rows) == 8
+    assert outcomes.read_final(tmp_path) == {}
+    # All runs of the two comparisons, and the student that they start from.
+    arms = [*experiments.main_arms(), *experiments.groups()["scarce"], *experiments.cures("A")]
+    jobs = [name for name, _, _ in reproduce.finals_of(arms, 1, tmp_path, 0)]
+    assert {"start", "B/sft s0", "scarce/sft s0"} <= set(jobs)
+    assert not any(name.startswith("A/") for name in jobs)
+
+
 def test_a_model_is_made_once(tmp_path):
     command = [sys.executable, str(RECIPE / "worlds.py"), "student-steps-20", "--out"]
     command += [str(tmp_path), "--scale", "0.05"]
@@ -302,7 +319,7 @@ def test_a_model_is_made_once(tmp_path):
 
 
 def test_runs_are_made_skipped_and_continued(tmp_path):
-    def reproduce(steps):
+    def make(steps):
         command = [sys.executable, str(RECIPE / "reproduce.py"), "--output", str(tmp_path)]
         command += ["--group", "recovery", "--num-seeds", "1", "--workers", "1"]
         done = subprocess.run(
@@ -310,16 +327,16 @@ def test_runs_are_made_skipped_and_continued(tmp_path):
         )
         return done.stdout
 
-    assert "B/opd-300 s0: done" in reproduce(1)
+    assert "B/opd-300 s0: done" in make(1)
     path = tmp_path / "runs" / "B" / "opd-300" / "s0"
     assert json.loads((path / "seconds.json").read_text())["is_whole"] is True
-    assert reproduce(1) == ""
-    assert "B/opd-300 s0: done" in reproduce(2)
+    assert make(1) == ""
+    assert "B/opd-300 s0: done" in make(2)
     lines = RunFolder.open(path).metrics()
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert json.loads((path / "seconds.json").read_text())["is_whole"] is False
     assert (tmp_path / "commits.txt").read_text().strip()
     arm = Arm("B", "opd-300", {}, (0,), 2)
-    (run,) = outcomes.read_arm(arm, tmp_path / "runs")
+    (run,) = outcomes.read_arm(arm, tmp_path)
     assert math.isnan(run.cpu_s)
     assert len(run.truncation) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from outcomes import Outcome, Spread, paired
@@ -38,11 +38,12 @@ class Claim:
     evidence: str
 
 
-def judge(arms: Arms) -> list[Claim]:
+def judge(arms: Arms, scarce: Arms | None = None) -> list[Claim]:
     """All claims for which there are runs.
 
     Args:
         arms: The finished runs of the arms of "main" and "recovery", by the arm's name.
+        scarce: Those of "scarce", for which the comparisons between methods are made again.
 
     Returns:
         The claims, in the paper's order.
@@ -59,7 +60,12 @@ def judge(arms: Arms) -> list[Claim]:
         (_above_sft, ("sft", "stable_opd")),
         (_above_grpo, ("grpo", "stable_opd")),
     ]
-    return [claim(arms) for claim, needed in made if all(arms.get(name) for name in needed)]
+    found = [claim(arms) for claim, needed in made if all(arms.get(name) for name in needed)]
+    for claim, needed in made[-3:]:
+        if scarce and all(scarce.get(name) for name in needed):
+            again = claim(scarce)
+            found.append(replace(again, text=f"{again.text}, with 64 training problems"))
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from scipy import stats
 
 from stableopd.runfolder import RunFolder
 
-__all__ = ["Outcome", "Spread", "paired", "read_arm", "spread"]
+__all__ = ["Outcome", "Spread", "paired", "read_arm", "read_final", "spread"]
 
 END = 5  # steps at the end over which the numbers of rollouts are averaged, as in the demo
 WINDOW, BOUND = 10, 0.5  # collapsed: the mean TruncRate of so many steps in a row is above this
@@ -116,18 +116,30 @@ class Spread:
         return fmean(self.values)
 
 
-def read_arm(arm: Arm, runs: Path) -> list[Outcome]:
+def read_arm(arm: Arm, output: Path) -> list[Outcome]:
     """The finished runs of an arm, seed by seed."""
     found: list[Outcome] = []
     for seed in arm.seeds:
-        path = runs / arm.folder / f"s{seed}"
+        path = output / "runs" / arm.folder / f"s{seed}"
         if not (path / "checkpoints" / f"{arm.steps:06d}").is_dir():
             continue
         lines = tuple(RunFolder.open(path).metrics())
         spent = _read(path / "seconds.json")
         cpu_s = spent["cpu_s"] if spent.get("is_whole") else math.nan
-        found.append(Outcome(seed, lines, _read(path / "final.json"), cpu_s))
+        final = read_final(output / "finals" / arm.folder / f"s{seed}")
+        found.append(Outcome(seed, lines, final, cpu_s))
     return found
+
+
+def read_final(folder: Path) -> dict[str, float]:
+    """What `stableopd eval` measured of a last student; nothing where it has not yet."""
+    summary = _read(folder / "summary.json")
+    if not summary:
+        return {}
+    of = summary["sets"]["embedded"]
+    names = ("accuracy", "truncation_rate", "repetition_rate", "mean_length")
+    measured = {name: of[name]["mean"] for name in names}
+    return {**measured, "pass_at_8": of["pass_at"]["8"]["mean"]}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ run from its last checkpoint. What failed is told at the end, and tried again by
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import multiprocessing
 import subprocess
@@ -69,8 +71,25 @@ def main(
             if cell.seed == number and not cell.file(output).is_file():
                 jobs.append((cell.name, phase.make_cell, (cell, output, steps)))
     failed = work(jobs, workers, "runs")
+    failed += work(finals_of(arms, num_seeds, output, steps), workers, "evaluations")
     if failed:
         raise typer.Exit(1)
+
+
+def finals_of(arms: Sequence[Arm], num_seeds: int, output: Path, steps: int) -> list[Job]:
+    """Evaluations of the embedded student and of the last students of the main comparisons."""
+    jobs: list[Job] = []
+    for arm in arms:
+        for seed in arm.seeds[:num_seeds] if arm.world in ("B", "scarce") else ():
+            model = output / "runs" / arm.folder / f"s{seed}" / "checkpoints"
+            model /= f"{steps or arm.steps:06d}"
+            folder = output / "finals" / arm.folder / f"s{seed}"
+            if arm.name in experiments.METHODS and not (folder / "summary.json").is_file():
+                jobs.append((f"{arm.folder} s{seed}", make_final, (str(model), folder, steps)))
+    start = output / "finals" / "start"
+    if jobs and not (start / "summary.json").is_file():
+        jobs.insert(0, ("start", make_final, ("embedded", start, steps)))
+    return jobs
 
 
 def note_commit(output: Path) -> None:
@@ -128,6 +147,27 @@ def make_run(arm: Arm, seed: int, output: Path, steps: int) -> None:
         pass
     spent = {"cpu_s": round(time.process_time() - started, 1), "is_whole": not resumes}
     (path / "seconds.json").write_text(json.dumps(spent) + "\n")
+
+
+def make_final(model: str, folder: Path, steps: int) -> None:
+    """`stableopd eval -k 8` on all held-out problems, with the demo's budget and RepRate."""
+    from stableopd import config, embedded
+    from stableopd.evaluate.command import run_eval
+    from stableopd.evaluate.settings import Settings
+
+    demo = config.load(embedded.path("demo"))
+    settings = Settings(
+        model,
+        ("embedded",),
+        num_samples=8,
+        max_new_tokens=demo.rollout.max_new_tokens,
+        window_chars=demo.repetition.window_chars,
+        ratio=demo.repetition.ratio,
+        batch_size=512,
+        max_problems=8 if steps else 0,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_eval(settings, folder)
 
 
 def work(jobs: Sequence[Job], workers: int, what: str) -> int:

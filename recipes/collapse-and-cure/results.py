@@ -25,7 +25,7 @@ import experiments  # noqa: E402
 import maps  # noqa: E402
 import phase  # noqa: E402
 import tables  # noqa: E402
-from outcomes import Outcome, read_arm, spread  # noqa: E402
+from outcomes import Outcome, read_arm, read_final, spread  # noqa: E402
 
 from stableopd import config, embedded  # noqa: E402
 from stableopd.report import figures  # noqa: E402
@@ -53,7 +53,7 @@ def main(
 ) -> None:
     """Write the page with whatever is finished."""
     arms = experiments.all_arms(list(experiments.groups()))
-    runs = {arm.folder: read_arm(arm, output / "runs") for arm in arms}
+    runs = {arm.folder: read_arm(arm, output) for arm in arms}
     cells = maps.read_cells(output)
     docs.mkdir(parents=True, exist_ok=True)
     draw(in_world(runs, "B"), cells, docs)
@@ -75,17 +75,20 @@ def facts(output: Path, runs: Runs, cells: Sequence[Any]) -> dict[str, Any]:
     """What the page is filled with."""
     b = in_world(runs, "B")
     first_three = {name: found[:3] for name, found in b.items()}
-    start = output / "runs" / "start" / "final.json"
     rates = ["opd", "stable_opd", *(arm.name for arm in experiments.rates())]
     return {
+        "versions": versions(output),
+        "num_opd": len(b["opd"]),
+        "num_seeds": len(phase.SEEDS),
+        "scarce": tables.main_table(in_world(runs, "scarce"), {}),
         "commits": (output / "commits.txt").read_text().split(),
         "num_runs": sum(map(len, runs.values())),
         "num_cells": len(cells),
         "cell_cpu_s": sum(cell["cpu_s"] for cell in cells) / max(len(cells), 1),
-        "claims": claims.judge(b),
+        "claims": claims.judge(b, in_world(runs, "scarce")),
         "main": tables.main_table(
             {arm.name: b[arm.name] for arm in experiments.main_arms()},
-            json.loads(start.read_text()) if start.is_file() else {},
+            read_final(output / "finals" / "start"),
         ),
         "recovery": tables.recovery_table(b["opd-300"]),
         "stops": tables.stop_table(stop_rows(runs)),
@@ -98,6 +101,12 @@ def facts(output: Path, runs: Runs, cells: Sequence[Any]) -> dict[str, Any]:
         "strength": maps.strength_table(cells, "strength"),
         "own_loops": maps.strength_table(cells, "own_loops"),
     }
+
+
+def versions(output: Path) -> dict[str, str]:
+    """Of the packages that the runs were made with, from the first run's folder."""
+    file = next(iter(sorted((output / "runs").glob("*/*/s*/environment.json"))))
+    return json.loads(file.read_text())["packages"]
 
 
 def stop_rows(runs: Runs) -> list[tuple[str, str, str, str, Sequence[Outcome]]]:
