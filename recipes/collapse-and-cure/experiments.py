@@ -138,9 +138,10 @@ def stops() -> list[Arm]:
     arms = [Arm("B", "opd-token", token, (0,)), Arm("none", "opd", METHODS["opd"])]
     arms += [Arm("AB", name, {**s, "objective.stop": "token"}) for name, s in (
         ("opd", token), ("stable_opd", METHODS["stable_opd"]))]  # fmt: skip
-    arms += [Arm("AB", "opd-event", event), Arm("A", "opd-event-120", event)]
+    arms += [Arm("AB", "opd-event", event)]
     arms += [Arm("AB", "stable_opd-event", METHODS["stable_opd"])]
-    return arms
+    in_a = ("opd", "opd-event", "stable_opd")
+    return arms + [arm for arm in cures("A") if arm.name in in_a]
 
 
 def cures(world: str) -> list[Arm]:
@@ -148,7 +149,7 @@ def cures(world: str) -> list[Arm]:
     arms: list[Arm] = []
     for name, settings in CURES.items():
         if world == "A":
-            arms.append(Arm("A", name, {"objective.stop": "token", **settings}, (0, 1), 60))
+            arms.append(Arm("A", name, {"objective.stop": "token", **settings}, (0, 1)))
         elif name != "opd-event":  # with equal stop ids it is opd
             arms.append(_shared(Arm("B", name, settings)))
     return arms

@@ -116,7 +116,7 @@ def stop_rows(runs: Runs) -> list[tuple[str, str, str, str, Sequence[Outcome]]]:
         ("equal", plain, "event", "OPD", runs["none/opd"]),
         ("equal", loops, "event", "OPD", runs["B/opd"][:3]),
         ("equal", loops, "token", "OPD", runs["B/opd-token"]),
-        ("different", plain, "event", "OPD", runs["A/opd-event-120"]),
+        ("different", plain, "event", "OPD", runs["A/opd-event"]),
         ("different", plain, "token", "OPD", runs["A/opd"]),
         ("different", plain, "token", "StableOPD", runs["A/stable_opd"]),
         ("different", loops, "event", "OPD", runs["AB/opd-event"]),
