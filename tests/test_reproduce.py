@@ -82,7 +82,7 @@ def test_the_arms_that_are_asked_for():
         for arm in experiments.sweep()
         if "objective.lambda_gold" in arm.settings and "objective.beta_reference" in arm.settings
     }
-    assert len(experiments.sweep()) == 16
+    assert len(experiments.sweep()) == 16 + 4
     assert {(1.0, 0.1), (0.01, 0.001), (0.1, 0.01)} < sweep
     # The preset and the arm of the same name are the same numbers.
     preset = config.PRESETS["stable_opd"]

@@ -112,7 +112,8 @@ CURES: dict[str, Settings] = {
     "gkd-top-4": {"objective.method": "gkd", "objective.top_k": 4},
 }
 
-LAMBDAS, BETAS = (0.0, 0.01, 0.1, 1.0), (0.0, 0.001, 0.01, 0.1)
+LAMBDAS, BETAS = (0.0, 0.01, 0.1, 0.3, 1.0, 3.0), (0.0, 0.001, 0.01, 0.1)
+BETWEEN, BETWEEN_BETAS = (0.3, 3.0), (0.0, 0.01)  # around the boundary, and beyond the best row
 
 
 def main_arms() -> list[Arm]:
@@ -160,7 +161,7 @@ def sweep() -> list[Arm]:
     return [
         _shared(Arm("B", sweep_name(gold, beta), opd(lambda_gold=gold, beta_reference=beta)))
         for gold in LAMBDAS
-        for beta in BETAS
+        for beta in (BETWEEN_BETAS if gold in BETWEEN else BETAS)
     ]
 
 
