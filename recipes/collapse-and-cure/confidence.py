@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from maps import COPIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from stableopd.data.arithmetic import make_problems
 
@@ -24,6 +25,7 @@ def further_copies(folder: Path) -> list[float]:
     Returns:
         One probability for each number of copies of `COPIES`.
     """
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     mark = tokenizer.convert_tokens_to_ids("#")

@@ -158,7 +158,8 @@ def teacher_table(output: Path, measure: Callable[[Path], list[float]]) -> str:
         output: Where the models lie.
         measure: `further_copies`, or what gives the same for a model folder.
     """
-    head = ["share of repeated documents", *(f"after {n} copies" for n in COPIES)]
+    words = [f"after {n} copies" if n != 1 else "after 1 copy" for n in COPIES]
+    head = ["share of repeated documents", *words]
     rows: list[list[str]] = []
     for loops in phase.LOOPS:
         name = phase.Cell(loops).models["teacher.model"]
