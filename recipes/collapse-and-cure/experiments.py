@@ -179,7 +179,7 @@ def rates() -> list[Arm]:
         for rate, steps in ((1e-4, 240), (1e-3, 120)):
             settings = {**METHODS[method], "optimizer.learning_rate": rate}
             arms.append(Arm("B", f"{method}-rate-{rate:g}", settings, (0, 1), steps))
-        for clip in (0.1, 0.4):
+        for clip in (0.1, 0.2, 0.4):
             settings = {**METHODS[method], "objective.updates_per_batch": 4, "objective.clip": clip}
             arms.append(Arm("B", f"{method}-four-clip-{clip:g}", settings, (0, 1), 50))
     return arms
