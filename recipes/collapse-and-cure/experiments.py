@@ -130,7 +130,7 @@ def scarce() -> list[Arm]:
 
 def recovery() -> list[Arm]:
     """Does OPD come back when it goes on?"""
-    return [Arm("B", "opd-300", METHODS["opd"], (0, 1), 300, 20)]
+    return [Arm("B", "opd-300", METHODS["opd"], (0, 1, 2), 300, 20)]
 
 
 def stops() -> list[Arm]:
@@ -152,7 +152,7 @@ def cures(world: str) -> list[Arm]:
         if world == "A":
             arms.append(Arm("A", name, {"objective.stop": "token", **settings}, (0, 1)))
         elif name != "opd-event":  # with equal stop ids it is opd
-            arms.append(_shared(Arm("B", name, settings)))
+            arms.append(_shared(Arm("B", name, settings, (0, 1))))
     return arms
 
 
