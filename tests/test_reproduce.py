@@ -268,7 +268,7 @@ def test_slices_and_gains_are_read_from_cells():
     rates = maps.slice_table(results, "rate", phase.RATES).splitlines()
     assert rates[2].startswith("| 0.0004 | 160 | 3 of 3 |")
     gains = maps.strength_table(results, "strength").splitlines()
-    assert gains[2] == "| 100 | 0.25 | 0.75 | 0.75" + " | collapse" * 4 + " |"
+    assert gains[2] == "| 100 | 0.25 | 0.75" + " | collapse" * 5 + " |"
 
 
 def test_a_cell_ends_when_it_has_collapsed():
