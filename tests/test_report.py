@@ -96,6 +96,23 @@ def test_a_small_accuracy_looks_small(accuracies, top):
     assert -0.01 <= low <= 0
 
 
+def test_a_band_that_is_far_wider_than_the_lines_is_cut():
+    """At step 1 two seeds are 6 nats apart, which makes the t interval 76 nats wide."""
+    seeds = [
+        [{"step": s, "advantage/mean": -0.1 * s + sign * (3.0 if s == 1 else 0.01)}
+         for s in range(10)]
+        for sign in (-1, 1)
+    ]  # fmt: skip
+    (panel,) = (p for p in logprob_panels() if p.title == "Mean advantage")
+    # The line goes from 0 to -0.9, with half of that as room on both sides.
+    assert drawn(panel, {"x": seeds}).get_ylim() == pytest.approx((-1.35, 0.45))
+    # Bands of the lines' own size are left alone.
+    near = [[{"step": s, "advantage/mean": -0.1 * s + 0.01 * k} for s in range(10)] for k in (0, 1)]
+    low, high = drawn(panel, {"x": near}).get_ylim()
+    assert low < -0.93
+    assert high > 0.03
+
+
 @pytest.mark.parametrize(
     "runs",
     [

@@ -275,6 +275,18 @@ def _set_scale(ax: Axes, scale: str) -> None:
         ax.set_ylim(-0.0075, min(max(top, 0.25), 1.03))
     elif scale == "zero":
         ax.set_ylim(bottom=0.0)
+    else:
+        _keep_lines_large(ax)
+
+
+def _keep_lines_large(ax: Axes) -> None:
+    """Cut bands off that are far wider than the lines: a few seeds can know a mean very badly."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in ax.lines])
+    values = values[np.isfinite(values)]
+    low, high = ax.get_ylim()
+    room = 0.5 * (values.max() - values.min())
+    if room > 0:
+        ax.set_ylim(max(low, values.min() - room), min(high, values.max() + room))
 
 
 def _set_steps(ax: Axes, arms: Arms) -> None:
