@@ -251,7 +251,7 @@ def cell_results():
 
 
 def test_the_map_counts_collapses():
-    figure = maps.map_figure(cell_results(), "strength", "student")
+    figure = maps.map_figure(cell_results())
     texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
     seeds = len(phase.SEEDS)
     row = [f"{seeds if float(loops) >= 0.02 else 0}/{seeds}" for loops in phase.LOOPS]
@@ -264,10 +264,12 @@ def test_the_map_counts_collapses():
 def test_slices_and_gains_are_read_from_cells():
     results = cell_results()
     table = maps.slice_table(results, "budget", phase.BUDGETS).splitlines()
-    assert table[2] == "| 28 | 80 | 3 of 3 | 40, 40, 40 | 0 of 3 | - |"
+    assert table[2] == "| 28 | 0.25 | 80 | 3 of 3 | 40, 40, 40 | - | 0 of 3 | - | 0.75 |"
     rates = maps.slice_table(results, "rate", phase.RATES).splitlines()
-    assert rates[2].startswith("| 0.0004 | 160 | 3 of 3 |")
-    gains = maps.strength_table(results, "strength").splitlines()
+    assert rates[2].startswith("| 0.0004 | 0.25 | 160 | 3 of 3 |")
+    own = maps.slice_table(results, "own_loops", phase.OWN_LOOPS).splitlines()
+    assert [row.split(" | ")[0] for row in own[2:]] == ["| 0", "| 0.05", "| 0.15", "| 0.3"]
+    gains = maps.strength_table(results).splitlines()
     assert gains[2] == "| 100 | 0.25 | 0.75" + " | collapse" * 5 + " |"
 
 

@@ -22,6 +22,7 @@ Result = Mapping[str, Any]
 TITLES = {"opd": "OPD", "stable_opd": "StableOPD"}
 COLORS = "YlOrRd"
 COPIES = (0, 1, 2, 3, 6)
+AXES = ("loops", "strength", "own_loops", "budget", "rate")
 
 
 def read_cells(output: Path) -> list[Result]:
@@ -30,54 +31,49 @@ def read_cells(output: Path) -> list[Result]:
     return [json.loads(file.read_text()) for file in files if file.is_file()]
 
 
-def map_figure(results: Sequence[Result], axis: str, title: str) -> Figure:
-    """P(collapse) over the teacher's loops and one property of the student, OPD and StableOPD.
+def map_figure(results: Sequence[Result]) -> Figure:
+    """P(collapse) over the teacher's loops and the student's strength, OPD and StableOPD.
 
     Args:
         results: All cells.
-        axis: "strength" or "own_loops": the vertical axis.
-        title: What the vertical axis is.
 
     Returns:
         A figure of two panels; in each cell "collapsed of seeds".
     """
-    rows = phase.STRENGTHS if axis == "strength" else phase.OWN_LOOPS
-    labels = [_label(results, axis, row) for row in rows]
+    rows = phase.STRENGTHS
+    labels = [_label(results, row) for row in rows]
     figure = Figure(figsize=(9.2, 4.2), layout=ConstrainedLayoutEngine(wspace=0.04))
     for place, method in enumerate(TITLES, start=1):
         ax = figure.add_subplot(1, 2, place)
-        _draw(ax, _grid(results, axis, method), rows, labels if place == 1 else [""] * len(rows))
+        _draw(ax, _grid(results, method), rows, labels if place == 1 else [""] * len(rows))
         ax.set_title(TITLES[method], loc="left", fontsize=11)
         ax.set_xlabel("share of repeated documents in the teacher's pretraining", fontsize=9)
         if place == 1:
+            title = "student: clean pretraining steps (accuracy at the start)"
             ax.set_ylabel(title, fontsize=9)
     return figure
 
 
-def _label(results: Sequence[Result], axis: str, row: str) -> str:
+def _label(results: Sequence[Result], row: str) -> str:
     """A value of the vertical axis, with the accuracy from which its students start."""
-    starts = [r["accuracy_start"] for r in results if r[axis] == row]
-    if axis != "strength" or not starts:
-        return row
-    return f"{row} ({fmean(starts):.2f})"
+    starts = [r["accuracy_start"] for r in results if r["strength"] == row]
+    return f"{row} ({fmean(starts):.2f})" if starts else row
 
 
-def cell_key(result: Result, axis: str) -> tuple[str, str]:
-    """The place of a cell on a map: (row, column)."""
-    return str(result[axis]), str(result["loops"])
-
-
-def _grid(
-    results: Sequence[Result], axis: str, method: str
-) -> dict[tuple[str, str], tuple[int, int]]:
-    """(collapsed, seeds) of each place of a map: all else is as shipped."""
+def _of(results: Sequence[Result], method: str, *free: str) -> list[Result]:
+    """The cells of a method in which all axes but the free ones are as shipped."""
     plain = vars(phase.Cell())
-    fixed = [k for k in ("strength", "own_loops", "budget", "rate") if k != axis]
+    fixed = [axis for axis in AXES if axis not in free]
+    return [r for r in results if r["method"] == method and all(r[k] == plain[k] for k in fixed)]
+
+
+def _grid(results: Sequence[Result], method: str) -> dict[tuple[str, str], tuple[int, int]]:
+    """(collapsed, seeds) of each place of the map: (strength, loops)."""
     found: dict[tuple[str, str], tuple[int, int]] = {}
-    for result in results:
-        if result["method"] == method and all(result[k] == plain[k] for k in fixed):
-            num, total = found.get(cell_key(result, axis), (0, 0))
-            found[cell_key(result, axis)] = (num + result["is_collapsed"], total + 1)
+    for result in _of(results, method, "strength", "loops"):
+        key = result["strength"], result["loops"]
+        num, total = found.get(key, (0, 0))
+        found[key] = (num + result["is_collapsed"], total + 1)
     return found
 
 
@@ -108,45 +104,45 @@ def _draw(
     ax.spines[:].set_visible(False)
 
 
-def slice_table(results: Sequence[Result], axis: str, values: Sequence[float]) -> str:
-    """Along the budget or the rate, with the shipped models."""
-    plain = vars(phase.Cell())
-    fixed = [k for k in ("loops", "strength", "own_loops", "budget", "rate") if k != axis]
-    name = {"budget": "budget (tokens)", "rate": "learning rate"}[axis]
-    head = [name, "steps"]
-    head += [f"{t}: {what}" for t in TITLES.values() for what in ("collapsed", "at step")]
+def slice_table(results: Sequence[Result], axis: str, values: Sequence[float | str]) -> str:
+    """Along the student's own loops, the budget or the rate, with the shipped models."""
+    names = {"own_loops": "own loops", "budget": "budget (tokens)", "rate": "learning rate"}
+    head = [names[axis], "accuracy at the start", "steps"]
+    for title in TITLES.values():
+        head += [f"{title}: collapsed", "at step", "accuracy at the end of the others"]
     rows: list[list[str]] = []
     for value in values:
-        cells = [f"{value:g}"]
-        for method in TITLES:
-            here = [r for r in results if r["method"] == method and r[axis] == value]
-            here = [r for r in here if all(r[k] == plain[k] for k in fixed)]
-            if len(cells) == 1:
-                cells.append(str(here[0]["steps"]) if here else "-")
-            ends = [str(len(r["truncation_rate"])) for r in here if r["is_collapsed"]]
-            cells += [f"{len(ends)} of {len(here)}", ", ".join(ends) or "-"]
-        rows.append(cells)
+        here = {m: [r for r in _of(results, m, axis) if r[axis] == value] for m in TITLES}
+        every = [r for cells in here.values() for r in cells]
+        starts = [r["accuracy_start"] for r in every]
+        row = [f"{float(value):g}", f"{fmean(starts):.2f}" if starts else "-"]
+        row.append(str(every[0]["steps"]) if every else "-")
+        for cells in here.values():
+            ends = [str(len(r["truncation_rate"])) for r in cells if r["is_collapsed"]]
+            row += [f"{len(ends)} of {len(cells)}", ", ".join(ends) or "-", _end(cells)]
+        rows.append(row)
     return markdown(head, rows)
 
 
-def strength_table(results: Sequence[Result], axis: str) -> str:
-    """What the cells of a map gain: accuracy at the start, and at the end where none collapsed."""
-    rows = phase.STRENGTHS if axis == "strength" else phase.OWN_LOOPS
-    name = {"strength": "clean pretraining steps", "own_loops": "own loops"}[axis]
-    head = [name, "accuracy at the start"]
+def _end(cells: Sequence[Result]) -> str:
+    """Mean accuracy at the end of those that did not collapse."""
+    known = [r["accuracy_end"] for r in cells if not r["is_collapsed"]]
+    return f"{fmean(known):.2f}" if known else "-"
+
+
+def strength_table(results: Sequence[Result]) -> str:
+    """What the cells of the map gain: accuracy at the start, and at the end without collapse."""
+    head = ["clean pretraining steps", "accuracy at the start"]
     head += [f"OPD, teacher {float(loops):g}" for loops in phase.LOOPS]
-    plain = vars(phase.Cell())
-    fixed = [k for k in ("strength", "own_loops", "budget", "rate") if k != axis]
     lines: list[list[str]] = []
-    for row in rows:
-        here = [r for r in results if r["method"] == "opd" and r[axis] == row]
-        here = [r for r in here if all(r[k] == plain[k] for k in fixed)]
+    for row in phase.STRENGTHS:
+        here = [r for r in _of(results, "opd", "strength", "loops") if r["strength"] == row]
         starts = [r["accuracy_start"] for r in here]
         cells = [row, f"{fmean(starts):.2f}" if starts else "-"]
         for loops in phase.LOOPS:
-            ends = [r["accuracy_end"] for r in here if r["loops"] == loops]
-            known = [end for end in ends if end is not None]
-            cells.append(f"{fmean(known):.2f}" if known else "collapse" if ends else "-")
+            of_teacher = [r for r in here if r["loops"] == loops]
+            collapses = bool(of_teacher) and all(r["is_collapsed"] for r in of_teacher)
+            cells.append("collapse" if collapses else _end(of_teacher))
         lines.append(cells)
     return markdown(head, lines)
 

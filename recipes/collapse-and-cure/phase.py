@@ -85,16 +85,15 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All cells, each once: two maps, and a slice along the budget and along the rate."""
+    """All cells, each once: a map, and slices along own loops, budget and rate."""
     found: dict[Cell, None] = {}
     for seed in SEEDS:
         for method in METHODS:
             for loops in LOOPS:
                 for strength in STRENGTHS:
                     found[Cell(loops, strength, method=method, seed=seed)] = None
-                for own in OWN_LOOPS:
-                    if method == "opd" or seed == 0:  # StableOPD: the first map has all seeds
-                        found[Cell(loops, own_loops=own, method=method, seed=seed)] = None
+            for own in OWN_LOOPS:
+                found[Cell(own_loops=own, method=method, seed=seed)] = None
             for budget in BUDGETS:
                 found[Cell(budget=budget, method=method, seed=seed)] = None
             for rate in RATES:

@@ -42,8 +42,6 @@ SHOWN = {
     "opd-golden": "OPD + golden",
     "stable_opd": "StableOPD",
 }
-STRENGTHS = "student: clean pretraining steps (accuracy at the start)"
-OWN_LOOPS = "student: probability of a further copy"
 
 
 @app.command()
@@ -99,8 +97,8 @@ def facts(output: Path, runs: Runs, cells: Sequence[Any]) -> dict[str, Any]:
         "teachers": maps.teacher_table(output, confidence.further_copies),
         "budget": maps.slice_table(cells, "budget", phase.BUDGETS),
         "rate": maps.slice_table(cells, "rate", phase.RATES),
-        "strength": maps.strength_table(cells, "strength"),
-        "own_loops": maps.strength_table(cells, "own_loops"),
+        "strength": maps.strength_table(cells),
+        "own_loops": maps.slice_table(cells, "own_loops", phase.OWN_LOOPS),
     }
 
 
@@ -139,8 +137,7 @@ def draw(in_b: Runs, cells: Sequence[Any], docs: Path) -> None:
         ("figure-2-logprobs", figures.logprob_figure(opd)),
         ("figure-3-credit", figures.credit_figure(opd, repetition)),
         ("figure-4-comparison", figures.comparison_figure(lines, repetition)),
-        ("phase-diagram", maps.map_figure(cells, "strength", STRENGTHS)),
-        ("phase-own-loops", maps.map_figure(cells, "own_loops", OWN_LOOPS)),
+        ("phase-diagram", maps.map_figure(cells)),
     ):
         figures.save_png(figure, docs / f"results-{name}.png")
 
