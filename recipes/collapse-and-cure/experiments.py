@@ -14,6 +14,7 @@ __all__ = ["Arm", "all_arms", "cures", "groups", "models_of", "sweep_name"]
 
 Settings = dict[str, Any]
 
+ENDED = "ended-collapsed"  # a file in the folder of a run that ended for that reason
 GOLDEN_LENGTH = 28  # tokens of the longest golden solution, its stop among them
 
 # Prefix of a world's name: who loops, and whether the stop ids of the two models are equal.
@@ -37,19 +38,34 @@ class Arm:
         seeds: Each is a run.
         steps: Of a run.
         eval_every: Steps between evaluations.
+        ends: Whether a run ends when it has collapsed, as a collapsed step is the dearest.
+        goes_on: The arm of the same world, seed and settings whose finished runs this one goes
+            on with; "" begins at step 1.
     """
 
     world: str
     name: str
     settings: Settings = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     steps: int = 120
     eval_every: int = 20
+    ends: bool = True
+    goes_on: str = ""
 
     @property
     def folder(self) -> str:
         """Where its runs lie, below the folder of all runs."""
         return f"{self.world}/{self.name}"
+
+    def path(self, seed: int, output: Path) -> Path:
+        """The run folder of a seed."""
+        return output / "runs" / self.folder / f"s{seed}"
+
+    def is_finished(self, seed: int, output: Path, steps: int = 0) -> bool:
+        """Whether a run has kept the student of its last step, or ended when it had collapsed."""
+        path = self.path(seed, output)
+        last = path / "checkpoints" / f"{steps or self.steps:06d}" / "config.json"
+        return last.is_file() or (path / ENDED).is_file()
 
     def overrides(self, seed: int, output: Path, models: Path) -> list[str]:
         """The run as `--set` gives it: "section.key=value"."""
@@ -118,19 +134,23 @@ BETWEEN, BETWEEN_BETAS = (0.3, 3.0), (0.0, 0.01)  # around the boundary, and bey
 
 def main_arms() -> list[Arm]:
     """The paper's comparison, and the arm that it left out."""
+    few = {"opd-kl-0.01": (0, 1)}  # the stronger KL stands for "OPD + KL"
     seeds = (0, 1, 2, 3, 4)
-    return [Arm("B", name, settings, seeds, 120, 10) for name, settings in METHODS.items()]
+    return [
+        Arm("B", name, settings, few.get(name, seeds), 120, 10, ends=False)
+        for name, settings in METHODS.items()
+    ]
 
 
 def scarce() -> list[Arm]:
     """With 64 problems to train on golden solutions alone do not reach the ceiling."""
     names = ("sft", "grpo", "opd", "opd-golden", "stable_opd")
-    return [Arm("scarce", name, METHODS[name], (0, 1, 2, 3, 4), 120, 10) for name in names]
+    return [Arm("scarce", name, METHODS[name], (0, 1, 2), 120, 10, ends=False) for name in names]
 
 
 def recovery() -> list[Arm]:
     """Does OPD come back when it goes on?"""
-    return [Arm("B", "opd-300", METHODS["opd"], (0, 1, 2), 300, 20)]
+    return [Arm("B", "opd-300", METHODS["opd"], (0, 1), 300, 10, ends=False, goes_on="opd")]
 
 
 def stops() -> list[Arm]:
@@ -150,9 +170,9 @@ def cures(world: str) -> list[Arm]:
     arms: list[Arm] = []
     for name, settings in CURES.items():
         if world == "A":
-            arms.append(Arm("A", name, {"objective.stop": "token", **settings}, (0, 1)))
+            arms.append(Arm("A", name, {"objective.stop": "token", **settings}))
         elif name != "opd-event":  # with equal stop ids it is opd
-            arms.append(_shared(Arm("B", name, settings, (0, 1))))
+            arms.append(_shared(Arm("B", name, settings)))
     return arms
 
 
@@ -178,10 +198,10 @@ def rates() -> list[Arm]:
     for method in ("opd", "stable_opd"):
         for rate, steps in ((1e-4, 240), (1e-3, 120)):
             settings = {**METHODS[method], "optimizer.learning_rate": rate}
-            arms.append(Arm("B", f"{method}-rate-{rate:g}", settings, (0, 1), steps))
+            arms.append(Arm("B", f"{method}-rate-{rate:g}", settings, steps=steps))
         for clip in (0.1, 0.2, 0.4):
             settings = {**METHODS[method], "objective.updates_per_batch": 4, "objective.clip": clip}
-            arms.append(Arm("B", f"{method}-four-clip-{clip:g}", settings, (0, 1), 50))
+            arms.append(Arm("B", f"{method}-four-clip-{clip:g}", settings, steps=50))
     return arms
 
 
@@ -194,12 +214,12 @@ def groups() -> dict[str, list[Arm]]:
     """All arms by the question that they answer, the most important question first."""
     return {
         "main": main_arms(),
-        "scarce": scarce(),
         "stops": stops(),
         "cures": cures("B") + cures("A"),
         "sweep": sweep(),
-        "rates": rates(),
         "recovery": recovery(),
+        "scarce": scarce(),
+        "rates": rates(),
     }
 
 

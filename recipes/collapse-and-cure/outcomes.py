@@ -33,7 +33,8 @@ class Outcome:
         seed: Of the run.
         lines: Its lines of metrics, step 0 first.
         final: What was measured of its last student on all held-out problems.
-        cpu_s: Seconds of a core that the whole run took; nan where it was interrupted.
+        cpu_s: Seconds of a core that the whole run took; nan where it was interrupted, or ended
+            before its last step.
     """
 
     seed: int
@@ -120,12 +121,13 @@ def read_arm(arm: Arm, output: Path) -> list[Outcome]:
     """The finished runs of an arm, seed by seed."""
     found: list[Outcome] = []
     for seed in arm.seeds:
-        path = output / "runs" / arm.folder / f"s{seed}"
-        if not (path / "checkpoints" / f"{arm.steps:06d}").is_dir():
+        path = arm.path(seed, output)
+        if not arm.is_finished(seed, output):
             continue
         lines = tuple(RunFolder.open(path).metrics())
         spent = _read(path / "seconds.json")
-        cpu_s = spent["cpu_s"] if spent.get("is_whole") else math.nan
+        is_whole = spent.get("is_whole") and lines[-1]["step"] == arm.steps
+        cpu_s = spent["cpu_s"] if is_whole else math.nan
         final = read_final(output / "finals" / arm.folder / f"s{seed}")
         found.append(Outcome(seed, lines, final, cpu_s))
     return found

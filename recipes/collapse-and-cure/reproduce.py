@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
@@ -58,22 +59,31 @@ def main(
     models = experiments.models_of(arms)
     models += [m for m in phase.models_of(cells) if m not in models]
     make_models(models, output / "models", workers, steps)
-    jobs: list[Job] = []
-    # Seed by seed: what is interrupted has few seeds of everything, and not all of little.
-    for number in range(num_seeds if num_seeds < 99 else 5):
-        for arm in arms:
-            if number < len(arm.seeds):
-                seed = arm.seeds[number]
-                path = output / "runs" / arm.folder / f"s{seed}"
-                if not is_finished(path, steps or arm.steps):
-                    jobs.append((f"{arm.folder} s{seed}", make_run, (arm, seed, output, steps)))
-        for cell in cells:
-            if cell.seed == number and not cell.file(output).is_file():
-                jobs.append((cell.name, phase.make_cell, (cell, output, steps)))
-    failed = work(jobs, workers, "runs")
+    failed = work(jobs_of(arms, cells, num_seeds, output, steps), workers, "runs")
     failed += work(finals_of(arms, num_seeds, output, steps), workers, "evaluations")
     if failed:
         raise typer.Exit(1)
+
+
+def jobs_of(
+    arms: Sequence[Arm], cells: Sequence[phase.Cell], num_seeds: int, output: Path, steps: int
+) -> list[Job]:
+    """The runs and cells that are missing.
+
+    The paper's comparison comes first, then all else seed by seed: what is interrupted has few
+    seeds of everything, and not all of little.
+    """
+    first = {arm.folder for arm in experiments.main_arms()}
+    found: list[tuple[int, Job]] = []
+    for cell in cells:
+        if cell.seed < num_seeds and not cell.file(output).is_file():
+            found.append((cell.seed, (cell.name, phase.make_cell, (cell, output, steps))))
+    for arm in arms:
+        for number, seed in enumerate(arm.seeds[:num_seeds]):
+            if not arm.is_finished(seed, output, steps):
+                job = (f"{arm.folder} s{seed}", make_run, (arm, seed, output, steps))
+                found.append((-1 if arm.folder in first else number, job))
+    return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
 
 def finals_of(arms: Sequence[Arm], num_seeds: int, output: Path, steps: int) -> list[Job]:
@@ -81,8 +91,7 @@ def finals_of(arms: Sequence[Arm], num_seeds: int, output: Path, steps: int) -> 
     jobs: list[Job] = []
     for arm in arms:
         for seed in arm.seeds[:num_seeds] if arm.world in ("B", "scarce") else ():
-            model = output / "runs" / arm.folder / f"s{seed}" / "checkpoints"
-            model /= f"{steps or arm.steps:06d}"
+            model = arm.path(seed, output) / "checkpoints" / f"{steps or arm.steps:06d}"
             folder = output / "finals" / arm.folder / f"s{seed}"
             if arm.name in experiments.METHODS and not (folder / "summary.json").is_file():
                 jobs.append((f"{arm.folder} s{seed}", make_final, (str(model), folder, steps)))
@@ -125,26 +134,31 @@ def make_model(name: str, out: Path, steps: int) -> None:
         subprocess.run(command, check=True, stdout=log, stderr=log)
 
 
-def is_finished(path: Path, steps: int) -> bool:
-    """Whether a run has made its last step and kept the student of it."""
-    return (path / "checkpoints" / f"{steps:06d}" / "config.json").is_file()
-
-
 def make_run(arm: Arm, seed: int, output: Path, steps: int) -> None:
     """Train one seed of one arm, or go on with it."""
     from stableopd import config, embedded
     from stableopd.training.loop import train
     from stableopd.training.setup import prepare
 
-    path = output / "runs" / arm.folder / f"s{seed}"
+    path = arm.path(seed, output)
     overrides = arm.overrides(seed, path, output / "models")
     if steps:
         overrides += [f"run.steps={steps}", "eval.max_problems=8"]
+    before = output / "runs" / arm.world / arm.goes_on / f"s{seed}"
+    if arm.goes_on and not path.exists() and (before / "seconds.json").is_file():
+        part = path.with_name(f"{path.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(before, part)
+        part.rename(path)
     started = time.process_time()
     resumes = (path / "config.toml").is_file()
     run = prepare(config.load(embedded.path("demo"), overrides), resume=resumes)
-    for _ in train(run, lambda: False):
-        pass
+    truncation: list[float] = []
+    for line in train(run, lambda: arm.ends and phase.is_collapsed(truncation)):
+        if "rollout/truncation_rate" in line:
+            truncation.append(line["rollout/truncation_rate"])
+    if arm.ends and phase.is_collapsed(truncation):
+        (path / experiments.ENDED).write_text("")
     spent = {"cpu_s": round(time.process_time() - started, 1), "is_whole": not resumes}
     (path / "seconds.json").write_text(json.dumps(spent) + "\n")
 
