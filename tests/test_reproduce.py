@@ -264,13 +264,13 @@ def test_the_map_counts_collapses():
 def test_slices_and_gains_are_read_from_cells():
     results = cell_results()
     table = maps.slice_table(results, "budget", phase.BUDGETS).splitlines()
-    assert table[2] == "| 28 | 0.25 | 80 | 3 of 3 | 40, 40, 40 | - | 0 of 3 | - | 0.75 |"
+    assert table[2] == "| 28 | 0.25 | 80 | 2 of 2 | 40, 40 | - | 0 of 2 | - | 0.75 |"
     rates = maps.slice_table(results, "rate", phase.RATES).splitlines()
-    assert rates[2].startswith("| 0.0004 | 0.25 | 160 | 3 of 3 |")
+    assert rates[2].startswith("| 0.0004 | 0.25 | 160 | 2 of 2 |")
     own = maps.slice_table(results, "own_loops", phase.OWN_LOOPS).splitlines()
     assert [row.split(" | ")[0] for row in own[2:]] == ["| 0", "| 0.05", "| 0.15", "| 0.3"]
     gains = maps.strength_table(results).splitlines()
-    assert gains[2] == "| 100 | 0.25 | 0.75" + " | collapse" * 5 + " |"
+    assert gains[2] == "| 100 | 0.25 | 0.75" + " | collapse" * 4 + " |"
 
 
 def test_a_cell_ends_when_it_has_collapsed():
@@ -318,6 +318,38 @@ def test_a_model_is_made_once(tmp_path):
     assert not list(tmp_path.glob("*.part"))
     subprocess.run(command, check=True, capture_output=True, env=environment)
     assert weights.stat().st_mtime_ns == first
+
+
+def test_the_comparison_comes_first_then_seed_by_seed(tmp_path):
+    arms = experiments.all_arms(["main", "cures", "recovery"])
+    jobs = [name for name, _, _ in reproduce.jobs_of(arms, phase.cells(), 99, tmp_path, 0)]
+    main = [f"B/{arm.name} s{seed}" for arm in experiments.main_arms() for seed in arm.seeds]
+    assert sorted(jobs[: len(main)]) == sorted(main)
+    seeds = [int(name[-1]) for name in jobs[len(main) :]]
+    assert seeds == sorted(seeds)
+    assert len(jobs) == len(set(jobs)) == sum(len(arm.seeds) for arm in arms) + len(phase.cells())
+    few = [name for name, _, _ in reproduce.jobs_of(arms, phase.cells(), 1, tmp_path, 0)]
+    assert set(few) == {name for name in jobs if name.endswith("s0")}
+
+
+def test_a_collapsed_run_ends_and_another_goes_on_with_a_finished_one(tmp_path):
+    settings = {"objective.method": "opd", "rollout.max_new_tokens": 8, "eval.max_problems": 4}
+    settings |= {"rollout.prompts_per_step": 2}
+    ending = Arm("B", "ending", settings, (0,), 14)
+    reproduce.make_run(ending, 0, tmp_path, 0)
+    (run,) = outcomes.read_arm(ending, tmp_path)
+    # A budget of 8 tokens cuts everything off; the loop asks before it yields the tenth line.
+    assert run.truncation == [1.0] * 11
+    assert math.isnan(run.cpu_s)  # it says nothing about a run of 14 steps
+    whole = Arm("B", "whole", settings, (0,), 2, ends=False)
+    reproduce.make_run(whole, 0, tmp_path, 0)
+    longer = Arm("B", "longer", settings, (0,), 3, ends=False, goes_on="whole")
+    assert not longer.is_finished(0, tmp_path)
+    reproduce.make_run(longer, 0, tmp_path, 0)
+    assert longer.is_finished(0, tmp_path)
+    lines = [RunFolder.open(arm.path(0, tmp_path)).metrics() for arm in (whole, longer)]
+    assert lines[1][:2] == lines[0][:2]
+    assert [line["step"] for line in lines[1]] == [0, 1, 2, 3]
 
 
 def test_runs_are_made_skipped_and_continued(tmp_path):
