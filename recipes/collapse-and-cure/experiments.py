@@ -214,9 +214,9 @@ def groups() -> dict[str, list[Arm]]:
     """All arms by the question that they answer, the most important question first."""
     return {
         "main": main_arms(),
+        "sweep": sweep(),
         "stops": stops(),
         "cures": cures("B") + cures("A"),
-        "sweep": sweep(),
         "recovery": recovery(),
         "scarce": scarce(),
         "rates": rates(),
