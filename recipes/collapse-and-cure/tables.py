@@ -182,7 +182,7 @@ def sweep_table(arms: Arms) -> str:
     for gold in experiments.LAMBDAS:
         cells = [f"{gold:g}"]
         for beta in experiments.BETAS:
-            runs = arms.get(experiments.sweep_name(gold, beta), ())[:3]
+            runs = arms.get(experiments.sweep_name(gold, beta), ())
             cells.append(_sweep_cell(runs))
         rows.append(cells)
     return markdown(head, rows)
@@ -194,7 +194,8 @@ def _sweep_cell(runs: Sequence[Outcome]) -> str:
     accuracy = [run.last_accuracy for run in runs]
     num = sum(run.collapsed for run in runs)
     told = f" ({num} of {len(runs)} collapse)" if num else ""
-    return f"{fmean(accuracy):.3f} [{min(accuracy):.3f}, {max(accuracy):.3f}]{told}"
+    between = f" [{min(accuracy):.3f}, {max(accuracy):.3f}]" if len(runs) > 1 else ""
+    return f"{fmean(accuracy):.3f}{between}{told}"
 
 
 def rate_table(arms: Arms) -> str:
