@@ -6,6 +6,7 @@ folder of a run is its world, arm and seed, so that a run which two questions sh
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,12 @@ class Arm:
         return output / "runs" / self.folder / f"s{seed}"
 
     def is_finished(self, seed: int, output: Path, steps: int = 0) -> bool:
-        """Whether a run has kept the student of its last step, or ended when it had collapsed."""
+        """Whether a run has made its last step, or ended when it had collapsed."""
         path = self.path(seed, output)
-        last = path / "checkpoints" / f"{steps or self.steps:06d}" / "config.json"
-        return last.is_file() or (path / ENDED).is_file()
+        if not (path / "seconds.json").is_file():  # the last file of a run
+            return False
+        spent = json.loads((path / "seconds.json").read_text())
+        return spent["step"] >= (steps or self.steps) or (path / ENDED).is_file()
 
     def overrides(self, seed: int, output: Path, models: Path) -> list[str]:
         """The run as `--set` gives it: "section.key=value"."""

@@ -154,12 +154,15 @@ def make_run(arm: Arm, seed: int, output: Path, steps: int) -> None:
     resumes = (path / "config.toml").is_file()
     run = prepare(config.load(embedded.path("demo"), overrides), resume=resumes)
     truncation: list[float] = []
+    step = run.start_step
     for line in train(run, lambda: arm.ends and phase.is_collapsed(truncation)):
+        step = line["step"]
         if "rollout/truncation_rate" in line:
             truncation.append(line["rollout/truncation_rate"])
     if arm.ends and phase.is_collapsed(truncation):
         (path / experiments.ENDED).write_text("")
-    spent = {"cpu_s": round(time.process_time() - started, 1), "is_whole": not resumes}
+    cpu_s = round(time.process_time() - started, 1)
+    spent = {"step": step, "cpu_s": cpu_s, "is_whole": not resumes}
     (path / "seconds.json").write_text(json.dumps(spent) + "\n")
 
 
