@@ -41,6 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": FOUNDATION | {"runfolder", "diagnostics"},
     "terminal": FOUNDATION,
     "integrations": MATHS | {"runfolder"},
+    # Loaded by verl alone, and so not by the other integrations, which need no torch.
+    "integrations.verl": MATHS | {"integrations.verl", "data"},
     "diagnose": MATHS | {"runfolder", "integrations", "report", "terminal"},
     "doctor": MODELS | DATA | {"training", "terminal"},
     "evaluate": MODELS | DATA | {"evaluation", "report", "terminal", "training"},
@@ -59,6 +61,8 @@ NO_TORCH |= {"diagnose", "integrations"}
 
 def room_of(file: Path) -> str:
     inside = file.relative_to(SRC)
+    if inside.parts[:2] == ("integrations", "verl"):
+        return "integrations.verl"
     return inside.parts[0] if len(inside.parts) > 1 else inside.stem
 
 
@@ -97,6 +101,8 @@ def test_layers(file: Path) -> None:
         head, _, rest = name.partition(".")
         if head == "stableopd":
             other = rest.partition(".")[0] or "__init__"
+            if f"{rest}.".startswith("integrations.verl."):
+                other = "integrations.verl"
             allowed = MAY_IMPORT[room] | {room}
             assert other in allowed, f"{room} may not import {name}"
         if room in NO_TORCH:
@@ -164,6 +170,16 @@ def test_help_and_import_load_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout
     assert "demo" in done.stdout
+
+
+def test_dumps_load_neither_torch_nor_a_framework() -> None:
+    code = (
+        "import sys, stableopd, stableopd.integrations, stableopd.integrations.dumps\n"
+        "heavy = {'torch', 'transformers', 'verl', 'ray'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def shipped_tomls() -> list[Path]:
