@@ -5,11 +5,12 @@ PY    := $(VENV)/bin/python
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-slow lint types format bench reproduce smollm2 wheel clean
+.PHONY: help demo test test-slow verl lint types format bench reproduce smollm2 wheel clean
 
 help:
 	@echo "make demo    OPD collapses, StableOPD does not: both, live, in a minute or two"
 	@echo "make test    the tests;  make lint, make types: the other checks"
+	@echo "make verl    the tests inside verl, in an environment of their own (.venv-verl, 2 GB)"
 	@echo "make bench   the benchmarks;  make smollm2: the recipe with a real language model"
 	@echo "make reproduce   every run behind docs/results.md, and the page: hours, resumable"
 
@@ -29,10 +30,23 @@ demo: $(VENV)/.base
 
 # One thread a process: two cores give two processes more than they give one of two threads.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not verl" $(TEST_FLAGS)
 
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -m slow $(TEST_FLAGS)
+
+# verl's pins do not fit ours; torch comes first, as above.
+VERL_PIP := .venv-verl/bin/python -m pip install --quiet --disable-pip-version-check
+
+.venv-verl/.done: requirements/verl.txt pyproject.toml
+	test -x .venv-verl/bin/python || python3 -m venv .venv-verl
+	.venv-verl/bin/python -c "import torch" 2>/dev/null || $(VERL_PIP) $(TORCH)
+	$(VERL_PIP) --no-deps -r requirements/verl.txt
+	$(VERL_PIP) --no-deps --editable .
+	touch $@
+
+verl: .venv-verl/.done
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -m verl tests/test_verl.py tests/test_verl_setup.py $(TEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -80,5 +94,5 @@ wheel: $(VENV)/.dev
 	$(PY) -m build --wheel --outdir dist
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-verl dist build .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
