@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ import step_parts
 import verl_parts as parts
 from stableopd.integrations.verl import distillation_loss
 from stableopd.integrations.verl.rollouts import MixtureAgentLoop, StopEventTeacher
-from stableopd.integrations.verl.settings import read_settings
+from stableopd.integrations.verl.settings import check_verl, read_settings
 from stableopd.types import ConfigError, DataError
 from tiny import END, EOS, VOCABULARY, save_model
 
@@ -149,6 +150,21 @@ def test_the_script_is_a_configuration_of_verl():
     output = parts.model_output(world.student, actor, distillation, data, True)
     values, _ = distillation_loss(actor, distillation, output, data)
     assert values.isfinite().all()
+
+
+def test_the_arms_of_the_recipe_are_configurations():
+    """Each row of the table of arms in recipes/verl/README.md passes verl's checks and ours."""
+    page = (parts.ROOT / "recipes" / "verl" / "README.md").read_text()
+    arms = re.findall(
+        r"^\| [^|]+ \| `(method:[^`]+)`[^|]* \| (?:`([^`]+)`)? ?\|$", page, re.MULTILINE
+    )
+    assert len(arms) == 6
+    for objective, more in arms:
+        config = parts.configure(parts.overrides(*more.split(), objective=objective))
+        actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+        distillation = omega_conf_to_dataclass(config.distillation)
+        fields = ["is_golden"] + ["ref_log_prob"] * need_reference_policy(config)
+        check_verl(actor, distillation, read_settings(distillation), fields)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of verl's queue, when it is imported
