@@ -7,6 +7,7 @@ checked when one is loaded. Weights come from safetensors or GGUF alone, and no 
 
 from __future__ import annotations
 
+import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ from stableopd.objective.logprobs import Head
 from stableopd.types import Batch, ModelError
 
 __all__ = [
+    "HOOKED",
     "LanguageModel",
     "add_lora",
+    "base_of",
     "head_of",
     "hidden_states",
     "load",
+    "offer_hooked_hidden_states",
     "require_same_tokenizer",
     "shared_vocabulary",
     "token_hidden_states",
@@ -45,6 +49,10 @@ LOAD_ERRORS = (
     SafetensorError,
     StrictDataclassError,
 )
+
+# Name of the method through which a sharded model gives its hidden states: weights are gathered by
+# hooks on the whole model, which a call of its backbone alone would pass by.
+HOOKED = "hooked_hidden_states"
 
 # Logits of the full model and of head(hidden) may differ by rounding alone.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -193,7 +201,34 @@ def hidden_states(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -
     Returns:
         Hidden states, (B, T, D); carry gradient to the model where gradients are on.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_of(model)
+    if hasattr(inner, HOOKED):
+        return getattr(inner, HOOKED)(input_ids_BT, attention_mask_BT)
+    return _last_hidden_states(inner, input_ids_BT, attention_mask_BT)
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model itself, without PEFT's around it.
+
+    Args:
+        model: A transformers model, or a PEFT model around one.
+
+    Returns:
+        The transformers model; the adapter's layers are in it.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def offer_hooked_hidden_states(inner: Any) -> None:
+    """Give a model a method for its hidden states, which whoever shards it can put hooks around.
+
+    Args:
+        inner: A transformers model; `hidden_states` goes through the method `HOOKED` from now on.
+    """
+    setattr(inner, HOOKED, types.MethodType(_last_hidden_states, inner))
+
+
+def _last_hidden_states(inner: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
     return inner.base_model(
         input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False
     ).last_hidden_state

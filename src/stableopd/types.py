@@ -50,7 +50,13 @@ __all__ = [
 
 
 class StableOPDError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend.
+
+    Attributes:
+        is_shared: Whether every process of a run raises it, so that one is enough to tell it.
+    """
+
+    is_shared = False
 
 
 class ConfigError(StableOPDError):

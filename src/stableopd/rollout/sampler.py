@@ -60,8 +60,8 @@ SELECTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 class TransformersSampler:
     """Draws rollouts from a causal language model in this process.
 
-    Every rank may hold a sampler of its own over a whole copy of the weights. Weights that are
-    sharded over ranks are not supported: the ranks would make different numbers of calls.
+    Every process may hold a sampler of its own over a whole copy of the weights, as the processes
+    make different numbers of calls; weights that are sharded over them must be gathered first.
     """
 
     def __init__(
@@ -213,6 +213,8 @@ class TransformersSampler:
             past_key_values=cache,
             generation_config=config,
             logits_processor=self._processors(settings, kept),
+            # Where weights are sharded, the default waits for other processes after each token.
+            synced_gpus=False,
         )
         return output, kept.of(output.sequences[:, ids_BT.shape[1] :])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stableopd.models import head_of, token_hidden_states
-from stableopd.objective.logprobs import Against
+from stableopd.objective.logprobs import Against, Head
 from stableopd.types import Batch
 
 __all__ = ["FrozenModel"]
@@ -35,10 +35,18 @@ class FrozenModel:
     ) -> None:
         self.model = model
         self.temperature = temperature
+        self._num_tokens = num_tokens
         self._autocast = autocast
-        head = head_of(model).restricted_to(num_tokens)
+
+    @property
+    def head(self) -> Head:
+        """The output head over the shared vocabulary, without gradient.
+
+        Sharded weights are whole from a pass of the model on, so ask after `hidden`.
+        """
+        head = head_of(self.model).restricted_to(self._num_tokens)
         # With an adapter the head is shared with the student, and takes no gradient from here.
-        self.head = type(head)(
+        return Head(
             head.weight_VD.detach(),
             None if head.bias_V is None else head.bias_V.detach(),
             head.scale,
@@ -63,4 +71,5 @@ class FrozenModel:
         Returns:
             What `score_tokens` takes.
         """
-        return Against(self.hidden(batch), self.head, compares, self.temperature)
+        hidden_ND = self.hidden(batch)
+        return Against(hidden_ND, self.head, compares, self.temperature)

@@ -2,28 +2,31 @@
 
 Which terms there are is decided by their weights in the configuration; a term whose weight is 0
 is not computed. Each micro-batch adds its share of a mean over the whole step, so the split into
-micro-batches changes nothing but memory.
+micro-batches changes nothing but memory, and neither does the split into processes.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 
 from stableopd.config import ObjectiveConfig
 from stableopd.training.batch import collate, micro_batches, rollout_sequences
-from stableopd.training.terms import Players, Tally, Work, golden_term, rollout_terms
-from stableopd.types import TrainingError
+from stableopd.training.ranks import ALONE, Ranks, shared
+from stableopd.training.sharding import whole
+from stableopd.training.terms import Players, Tally, Work, golden_term, merged, rollout_terms
+from stableopd.types import Sequence, TrainingError
 
 __all__ = ["StepResult", "step"]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. Per-token values are lists in the order of the rollouts.
+    """What a step did, over all processes. Per-token values are in the order of the rollouts.
 
     Attributes:
         losses: Weighted total and unweighted terms, of the last update of the batch.
@@ -53,6 +56,7 @@ def step(
     *,
     micro_batch_tokens: int,
     grad_clip: float,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
     """Train the student on one batch of rollouts and golden solutions.
 
@@ -62,6 +66,7 @@ def step(
         work: The batch, and the weights and switches of the terms.
         micro_batch_tokens: Padded tokens of one forward and backward pass.
         grad_clip: Largest norm of the gradient.
+        ranks: The processes, all of which call this with the same batch.
 
     Returns:
         Losses, norm of the gradient, and what was scored for each token.
@@ -77,9 +82,13 @@ def step(
     first, tally, grad_norm, score_s = Tally(), Tally(), math.nan, 0.0
     for _ in range(objective.updates_per_batch):
         tally = Tally()
-        _backward_rollouts(players, work, tally, old_logps, micro_batch_tokens)
-        _backward_golden(players, work, tally, micro_batch_tokens)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, grad_clip))
+        rollouts = _passes(rollout_sequences(work.rollouts), micro_batch_tokens, ranks)
+        golden = _passes(work.golden if objective.lambda_gold else [], micro_batch_tokens, ranks)
+        _backward_rollouts(players, work, tally, old_logps, rollouts)
+        _backward_golden(players, work, tally, golden)
+        tally = merged(ranks.gather(tally))
+        ranks.sum_gradients(parameters)
+        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, grad_clip)))
         _require_finite(tally, grad_norm)
         score_s += tally.score_s
         optimizer.step()
@@ -114,19 +123,42 @@ def _weights(objective: ObjectiveConfig) -> dict[str, float]:
 
 
 def _require_finite(tally: Tally, grad_norm: float) -> None:
+    """Raise in every process alike: the tally and the norm are those of all of them."""
+    if tally.fault:
+        raise shared(TrainingError(tally.fault))
     for name, value in tally.losses.items():
         if not math.isfinite(value):
-            raise TrainingError(f"loss/{name} is {value}; this update was not made.")
+            raise shared(TrainingError(f"loss/{name} is {value}; this update was not made."))
     if not math.isfinite(grad_norm):
-        raise TrainingError(f"the norm of the gradient is {grad_norm}; this update was not made.")
+        raise shared(
+            TrainingError(f"the norm of the gradient is {grad_norm}; this update was not made.")
+        )
 
 
-def _backward_golden(players: Players, work: Work, tally: Tally, budget: int) -> None:
-    weight = work.objective.lambda_gold or 0.0
-    for group in micro_batches(work.golden, budget) if weight else []:
-        batch = collate(group, players.pad_id, players.stop_ids.device)
+@dataclass(frozen=True)
+class _Pass:
+    """A micro-batch, and whether it counts or only keeps step with the other processes."""
+
+    sequences: list[Sequence]
+    counts: bool = True
+
+
+def _passes(sequences: Many[Sequence], budget: int, ranks: Ranks) -> list[_Pass]:
+    """This process's share of some sequences in micro-batches, as many as every process makes."""
+    passes = [_Pass(group) for group in micro_batches(ranks.share(sequences), budget)]
+    num_idle = ranks.num_idle(len(passes))
+    if num_idle:
+        passes += [_Pass([min(sequences, key=len)], counts=False)] * num_idle
+    return passes
+
+
+def _backward_golden(players: Players, work: Work, tally: Tally, passes: list[_Pass]) -> None:
+    for one in passes:
+        batch = collate(one.sequences, players.pad_id, players.stop_ids.device)
         mean = golden_term(players, work, batch)
-        tally.add_loss("golden", mean)
+        if one.counts:
+            tally.add_loss("golden", mean)
+        weight = (work.objective.lambda_gold or 0.0) if one.counts else 0.0
         (weight * mean).backward()
 
 
@@ -135,14 +167,15 @@ def _backward_rollouts(
     work: Work,
     tally: Tally,
     old_logps: list[list[float]] | None,
-    budget: int,
+    passes: list[_Pass],
 ) -> None:
-    for group in micro_batches(rollout_sequences(work.rollouts), budget):
-        batch = collate(group, players.pad_id, players.stop_ids.device)
-        terms = rollout_terms(players, work, tally, batch, old_logps)
-        weights = _weights(work.objective)
+    weights = _weights(work.objective)
+    for one in passes:
+        record = tally if one.counts else Tally()
+        batch = collate(one.sequences, players.pad_id, players.stop_ids.device)
+        terms = rollout_terms(players, work, record, batch, old_logps)
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         for name, value in terms.items():
-            tally.add_loss(name, value)
+            record.add_loss(name, value)
         if total.requires_grad:
-            total.backward()
+            (total if one.counts else 0.0 * total).backward()

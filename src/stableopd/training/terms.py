@@ -20,7 +20,7 @@ from stableopd.objective.logprobs import Against, Head, score_tokens
 from stableopd.teacher.local import FrozenModel
 from stableopd.types import Batch, Rollout, Scores, Sequence, StopReason, TrainingError
 
-__all__ = ["Players", "Tally", "Work", "golden_term", "rollout_terms", "score"]
+__all__ = ["Players", "Tally", "Work", "golden_term", "merged", "rollout_terms", "score"]
 
 # Size of the top-k sets whose agreement is logged (2604.13016 uses 16).
 OVERLAP_K = 16
@@ -66,13 +66,18 @@ class Players:
 
 @dataclass
 class Tally:
-    """What the micro-batches of one update add up to."""
+    """What the micro-batches of one update add up to.
+
+    `fault` says what makes the update impossible. It is raised once all processes have made their
+    passes: one that stopped half-way would leave the others waiting.
+    """
 
     losses: dict[str, float] = field(default_factory=dict)
     per_rollout: dict[str, list[list[float]]] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)
     num_tokens: int = 0
     score_s: float = 0.0
+    fault: str = ""
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add a micro-batch's share of a term's mean."""
@@ -94,9 +99,37 @@ class Tally:
         )
 
 
+def merged(tallies: Many[Tally]) -> Tally:
+    """What the shares of all processes in one update add up to.
+
+    Args:
+        tallies: One of each process; no two hold the same rollout.
+
+    Returns:
+        The tally of the whole update.
+    """
+    if len(tallies) == 1:
+        return tallies[0]
+    whole = Tally()
+    for tally in tallies:
+        for name, value in tally.losses.items():
+            whole.losses[name] = whole.losses.get(name, 0.0) + value
+        for name, value in tally.sums.items():
+            whole.sums[name] = whole.sums.get(name, 0.0) + value
+        for name, lists in tally.per_rollout.items():
+            found = whole.per_rollout.setdefault(name, [[] for _ in lists])
+            whole.per_rollout[name] = [new or old for new, old in zip(lists, found, strict=True)]
+        whole.num_tokens += tally.num_tokens
+        whole.score_s = max(whole.score_s, tally.score_s)
+        whole.fault = whole.fault or tally.fault
+    return whole
+
+
 @dataclass(frozen=True)
 class Work:
     """A step's batch, with all that must be counted over its micro-batches.
+
+    It is the whole batch in every process, of which each scores its share.
 
     Attributes:
         objective: Weights and switches of the terms, presets filled in.
@@ -179,9 +212,6 @@ def rollout_terms(
 
     Returns:
         Shares of the means over the step, scalars by name; carry gradient to the student.
-
-    Raises:
-        TrainingError: The teacher gave a log-prob that is not finite.
     """
     objective, count = work.objective, len(work.rollouts)
     constraint = players.reference if objective.beta_reference else None
@@ -302,9 +332,7 @@ def _record(
     tally.add_sum("entropy/student", scores.entropy_N)
     if teacher is not None:
         if not bool(torch.isfinite(teacher.logp_N).all()):
-            raise TrainingError(
-                "the teacher gave a log-prob that is not finite; check its weights."
-            )
+            tally.fault = "the teacher gave a log-prob that is not finite; check its weights."
         tally.add_tokens("teacher", batch, teacher.logp_N, num_rollouts)
         tally.add_sum("entropy/teacher", teacher.entropy_N)
         tally.add_sum("entropy/gap", (teacher.entropy_N - scores.entropy_N).abs())
