@@ -1,17 +1,20 @@
 """A few steps on given rollouts, in one process or in several; run by test_parallel_step.py."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
 import step_parts
 from stableopd import models
 from stableopd.models import LanguageModel
-from stableopd.training import sharding
+from stableopd.runfolder import RunFolder
+from stableopd.training import checkpoint, sharding
+from stableopd.training.loading import checkpoint_gradients
 from stableopd.training.ranks import ALONE, Ranks
-from stableopd.training.setup import _checkpoint_gradients
 from stableopd.training.step import step
 from stableopd.types import ConfigError, StopReason, TrainingError
-from tiny import CPU, make_llama
+from tiny import CPU, make_llama, make_tokenizer
 
 NUM_STEPS = 3
 
@@ -53,7 +56,7 @@ def take_steps(case, ranks=ALONE, offloads=False):
     """Make some steps, and give all that came of them; the same in every process."""
     student, reference = make_student(case)
     if case.get("checkpointing"):
-        _checkpoint_gradients(student)
+        checkpoint_gradients(student)
     teacher = step_parts.model(1, 48, sharp=8)
     for model in {id(m): m for m in (student, reference, teacher)}.values():
         if ranks.shards:
@@ -75,6 +78,45 @@ def take_steps(case, ranks=ALONE, offloads=False):
         )
     weights = {name: sharding.whole(p.detach()).clone() for name, p in trained.items()}
     return results, weights
+
+
+def put_back(folder, shards, lora):
+    """Whether a checkpoint, and then the initial student, come back bit by bit after more steps."""
+    dist.init_process_group("gloo")
+    ranks = Ranks(dist.get_rank(), 2, shards)
+    case = {"lora": lora, "method": "sft"}
+    model, _ = make_student(case)
+    reference, _ = make_student(case)
+    for one in (model, reference) if shards else ():
+        sharding.shard(one, CPU, False)
+    student = LanguageModel("student", model, make_tokenizer(), None)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    def train(number):
+        batch, who = make_batch(case, number), step_parts.players(model)
+        step(who, optimizer, batch, micro_batch_tokens=40, grad_clip=1.0, ranks=ranks)
+
+    def state():
+        moments = [v for values in optimizer.state.values() for v in values.values()]
+        return [sharding.whole(t.detach()).clone() for t in (*trained.values(), *moments)]
+
+    def equal(some, others):
+        return len(some) == len(others) and all(map(torch.equal, some, others))
+
+    initial = state()
+    train(0)
+    run = RunFolder(Path(folder))
+    checkpoint.save(run, 1, student, optimizer, scheduler, ranks)
+    saved = state()
+    train(1)
+    moved = state()
+    checkpoint.restore(student, optimizer, scheduler, run.checkpoint_path(1))
+    found = [equal(state(), saved), not equal(moved, saved)]
+    weights = {n: p for n, p in reference.named_parameters() if p.requires_grad}
+    checkpoint.restore_initial(student, optimizer, scheduler, weights)
+    return [*found, equal(state(), initial), not equal(initial, saved[: len(initial)])]
 
 
 def differ(values):

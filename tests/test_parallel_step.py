@@ -85,6 +85,13 @@ def test_what_is_not_finite_in_one_process_ends_all(server, broken, shards):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoint_is_put_back_while_a_run_goes_on(server, tmp_path, lora, shards):
+    for found in server.call("parallel_steps:put_back", str(tmp_path), shards, lora):
+        assert found == [True] * 4
+
+
 def test_processes_that_have_read_different_things_are_refused(server):
     assert server.call("parallel_steps:differ", [1, 1]) == [None, None]
     words = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -16,6 +18,7 @@ from stableopd.types import ConfigError, StableOPDError
 
 if TYPE_CHECKING:
     from stableopd.rollout.stops import Finding
+    from stableopd.training.setup import Run
 
 __all__ = ["app", "main"]
 
@@ -42,11 +45,17 @@ def main() -> None:
     try:
         app()
     except StableOPDError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _is_first_here() or not error.is_shared:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception:
         traceback.print_exc()
         sys.exit(70)
+
+
+def _is_first_here() -> bool:
+    """Whether this is the only process of a run on this machine, or the first of several."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @app.callback()
@@ -65,60 +74,87 @@ def train(
     """Train a student: opd, stable_opd, sft, grpo or gkd, as the configuration says."""
     from stableopd.config import load
 
-    settings = load(config, set_)
+    try:
+        settings = load(config, set_)
+    except ConfigError as error:
+        error.is_shared = True  # all processes of a machine read this file
+        raise
 
-    from stableopd.terminal import LiveView, alarm_message, stop_message
     from stableopd.training.loop import train as steps
     from stableopd.training.preflight import examine
     from stableopd.training.setup import prepare
 
     run = prepare(settings, resume)
-    name, total = settings.objective.method, settings.run.steps
+    total = settings.run.steps
     if run.start_step >= total:
-        print(f"{run.folder.path} has made all of its {total} steps already.")
+        if run.ranks.is_main:
+            print(f"{run.folder.path} has made all of its {total} steps already.")
         return
     if not resume:
-        _show_audit(examine(run))
+        _show_audit(examine(run), run.ranks.is_main)
+    with _finish_step_on_interrupt() as interrupted:
+        lines = steps(run, lambda: bool(interrupted))
+        if run.ranks.is_main:
+            last, events = _show_steps(run, lines)
+        else:
+            # The main process shows and reports, and its exit code is that of the run.
+            collections.deque(lines, maxlen=0)
+            return
+    _report(run, last, events, resume)
+
+
+def _show_steps(run: Run, lines: Iterator[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
+    """Show the steps while they are made: the last of them, and what the alarm said after it."""
+    from stableopd.terminal import LiveView, alarm_message
+
+    name, total = run.config.objective.method, run.config.run.steps
     last, events = run.start_step, list[dict[str, Any]]()
-    with (
-        _finish_step_on_interrupt() as interrupted,
-        LiveView(f"{name} in {run.folder.path}", total, [name]) as view,
-    ):
+    with LiveView(f"{name} in {run.folder.path}", total, [name]) as view:
         for note in run.notes:
             view.message(note)
-        for line in steps(run, lambda: bool(interrupted)):
+        for line in lines:
             view.update(name, line)
             last = line["step"]
             events = [event for event in run.folder.events() if event["step"] == last]
             for event in events:
                 view.message(alarm_message(event))
+    return last, events
+
+
+def _report(run: Run, last: int, events: list[dict[str, Any]], is_resumed: bool) -> None:
+    """Write the page of a run that has ended, and say how it ended."""
     from stableopd.diagnose.command import read_runs
     from stableopd.report.page import write_page
+    from stableopd.terminal import stop_message
 
+    total = run.config.run.steps
     found = read_runs([run.folder.path])
     write_page(found, run.folder.path / "report.html", str(run.folder.path))
     print(found[0].verdict.headline)
     print(f"Report: {run.folder.path / 'report.html'}")
     if events and events[-1]["action"] == "stop":
-        print(stop_message(events[-1], total, settings.alarm.action))
+        print(stop_message(events[-1], total, run.config.alarm.action))
         raise typer.Exit(1)
     if last < total:
-        again = "" if resume else " and --resume"
+        again = "" if is_resumed else " and --resume"
         print(f"Stopped after step {last} of {total}. Go on with the same command{again}.")
         raise typer.Exit(130)
 
 
-def _show_audit(findings: Sequence[Finding]) -> None:
+def _show_audit(findings: Sequence[Finding], prints: bool) -> None:
     """Print what was found about stops, and refuse what cannot work."""
     from rich.console import Console
 
     from stableopd.terminal import table
 
     rows = [(f.level, f.name, f"{f.message} {f.fix}".strip()) for f in findings]
-    Console().print(table(("", "check", "what was found"), rows, "Before the first step"))
+    if prints:
+        Console().print(table(("", "check", "what was found"), rows, "Before the first step"))
     for finding in findings:
         if finding.level == "FAIL":
-            raise ConfigError(f"{finding.name}: {finding.message} {finding.fix}")
+            error = ConfigError(f"{finding.name}: {finding.message} {finding.fix}")
+            error.is_shared = True
+            raise error
 
 
 @contextlib.contextmanager
@@ -130,7 +166,8 @@ def _finish_step_on_interrupt() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print("Interrupted: finishing this step and saving.", file=sys.stderr)
+        if _is_first_here():
+            print("Interrupted: finishing this step and saving.", file=sys.stderr)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

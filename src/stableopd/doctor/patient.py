@@ -20,7 +20,7 @@ from stableopd.config import Config
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import Finding
-from stableopd.training.devices import dtype_of, make_accelerator
+from stableopd.training.devices import dtype_of, make_accelerator, require_one_process
 from stableopd.types import ConfigError, Prompt
 
 __all__ = ["Check", "Patient", "Settings", "admit", "settings_of"]
@@ -190,6 +190,7 @@ def admit(settings: Settings) -> Patient:
     config = settings.config
     s, t = config.student, config.teacher
     accelerator = make_accelerator(config.run.device, s.dtype, (), Path())
+    require_one_process(accelerator, "doctor")
     device = accelerator.device
     transformers.logging.set_verbosity_error()
 

@@ -25,7 +25,7 @@ from stableopd.rollout.sampler import TransformersSampler
 from stableopd.rollout.stops import stop_ids_of
 from stableopd.runfolder.files import read_object
 from stableopd.terminal import table
-from stableopd.training.devices import dtype_of, make_accelerator
+from stableopd.training.devices import dtype_of, make_accelerator, require_one_process
 from stableopd.types import ConfigError, ModelError, Prompt
 
 __all__ = ["run_eval"]
@@ -61,9 +61,9 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
     sets = {name: _read(source, settings) for name, source in names_of(settings.data).items()}
     console = Console(stderr=True)
     with console.status("loading the model") if console.is_terminal else nullcontext():
-        device = make_accelerator(settings.device, "float32", (), output).device
-        dtype = dtype_of(settings.dtype, "teacher", device)
-        model, files = _load(settings, dtype, device)
+        one = require_one_process(make_accelerator(settings.device, "float32", (), output), "eval")
+        dtype = dtype_of(settings.dtype, "teacher", one.device)
+        model, files = _load(settings, dtype, one.device)
     encoded = _encode(sets, model, settings)
     budget = settings.max_new_tokens or _budget(encoded, model)
     for name, of in sets.items():

@@ -1,7 +1,9 @@
 """Saving the student and all that a run needs to go on to the same bits.
 
-The random numbers of a step are drawn from (seed, step), and so is the order of the data: beside
-the weights, the optimizer and the schedule, the step is all the state that there is.
+A checkpoint holds whole weights and whole states, however they are shared out over processes, so a
+run goes on with another number of these. The random numbers of a step are drawn from (seed, step),
+and so is the order of the data: beside the weights, the optimizer and the schedule, the step is all
+the state that there is.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stableopd import models
 from stableopd.models import LanguageModel
 from stableopd.runfolder import RunFolder
+from stableopd.training.ranks import Ranks
+from stableopd.training.sharding import like, whole, whole_weights
 from stableopd.types import RunFolderError
 
 __all__ = ["load_adapter", "load_trainer", "restore", "restore_initial", "save"]
@@ -30,6 +36,7 @@ def save(
     student: LanguageModel,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
+    ranks: Ranks,
 ) -> None:
     """Write checkpoints/STEP: a model folder that `from_pretrained` opens, and `trainer/`.
 
@@ -39,20 +46,25 @@ def save(
         student: The student; with LoRA, its adapter is written.
         optimizer: Its state is written.
         scheduler: Its state is written.
+        ranks: The processes; the main one writes.
 
     Raises:
         RunFolderError: It cannot be written; what was there before is intact.
     """
-    with folder.new_checkpoint(step) as path:
-        student.model.save_pretrained(path)
-        student.tokenizer.save_pretrained(path)
-        (path / "trainer").mkdir()
-        state = {
-            "step": step,
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-        }
-        torch.save(state, path / "trainer" / STATE)
+    weights, optimizer_state = None, optimizer.state_dict()
+    if ranks.shards:
+        weights = whole_weights(student.model, keeps=ranks.is_main)
+        optimizer_state = _whole_state(optimizer_state, keeps=ranks.is_main)
+    state = {"step": step, "optimizer": optimizer_state, "scheduler": scheduler.state_dict()}
+
+    def write() -> None:
+        with folder.new_checkpoint(step) as path:
+            student.model.save_pretrained(path, state_dict=weights)
+            student.tokenizer.save_pretrained(path)
+            (path / "trainer").mkdir()
+            torch.save(state, path / "trainer" / STATE)
+
+    ranks.on_main(write)
 
 
 def load_trainer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> int:
@@ -69,22 +81,52 @@ def load_trainer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -
     Raises:
         RunFolderError: The checkpoint holds no usable state of the trainer.
     """
-    return _load_state(path, {"optimizer": optimizer, "scheduler": scheduler})
+    return _load_state(path, optimizer, scheduler)
 
 
-def _load_state(path: Path, parts: Mapping[str, Any]) -> int:
+def _load_state(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> int:
     file = path / "trainer" / STATE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.PickleError) as error:
+        optimizer.load_state_dict(_shared_out(state["optimizer"], optimizer))
+        if scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+    except (
+        OSError,
+        EOFError,
+        LookupError,
+        ValueError,
+        RuntimeError,
+        pickle.PickleError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunFolderError(
             f"{file}: the run cannot go on from here ({reason}); remove the folder {path} to go "
             "on from the checkpoint before it."
         ) from error
     return int(state["step"])
+
+
+def _whole_state(state: dict[str, Any], keeps: bool) -> dict[str, Any]:
+    """An optimizer's state with all that is shared out in full, where this process keeps it."""
+    found: dict[int, dict[str, Any]] = {}
+    for place, values in state["state"].items():
+        full = {k: whole(v).cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
+        found[place] = full if keeps else {}
+    return {**state, "state": found}
+
+
+def _shared_out(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A whole state of an optimizer, shared out as its parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found: dict[int, dict[str, Any]] = {}
+    for place, values in state["state"].items():
+        shape = parameters[place].shape
+        found[place] = {
+            k: like(parameters[place], v) if isinstance(v, Tensor) and v.shape == shape else v
+            for k, v in values.items()
+        }
+    return {**state, "state": found}
 
 
 def load_adapter(student: LanguageModel, path: Path) -> None:
@@ -97,18 +139,19 @@ def load_adapter(student: LanguageModel, path: Path) -> None:
     Raises:
         RunFolderError: The checkpoint holds no adapter that fits.
     """
-    import peft
-    from safetensors.torch import load_file
-
     file = path / "adapter_model.safetensors"
     try:
-        result = peft.set_peft_model_state_dict(student.model, load_file(file))
-    except (OSError, RuntimeError) as error:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
         raise RunFolderError(f"{file}: the adapter cannot be loaded ({error}).") from error
-    if result.unexpected_keys:
+    # PEFT leaves the adapter's own name out of its files.
+    weights = {name: saved.pop(name.replace(".default", ""), None) for name in _trained(student)}
+    wrong = next((name for name, weight in weights.items() if weight is None), None)
+    if wrong or saved:
         raise RunFolderError(
-            f"{file}: the adapter does not fit this student: {result.unexpected_keys[0]!r}."
+            f"{file}: the adapter does not fit this student: {wrong or next(iter(saved))!r}."
         )
+    _copy({name: weight for name, weight in weights.items() if weight is not None}, student)
 
 
 def restore(
@@ -134,7 +177,7 @@ def restore(
         cpu = torch.device("cpu")
         saved = models.load(str(path), role="student", dtype=student.model.dtype, device=cpu)
         _copy(dict(saved.model.named_parameters()), student)
-    _load_state(path, {"optimizer": optimizer})
+    _load_state(path, optimizer)
     _set_rates(optimizer, scheduler)
 
 
@@ -159,9 +202,12 @@ def restore_initial(
 
 def _copy(weights: Mapping[str, Tensor], student: LanguageModel) -> None:
     with torch.no_grad():
-        for name, parameter in student.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(weights[name])
+        for name, parameter in _trained(student).items():
+            parameter.copy_(like(parameter, weights[name]))
+
+
+def _trained(student: LanguageModel) -> dict[str, Tensor]:
+    return {name: p for name, p in student.model.named_parameters() if p.requires_grad}
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:

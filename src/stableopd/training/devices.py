@@ -1,16 +1,22 @@
-"""Where a run computes: device, precision and trackers, by accelerate."""
+"""Where a run computes: device, precision, processes and trackers, by accelerate."""
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import CPUOffloadPolicy
 
+from stableopd.training.ranks import Ranks, shared
 from stableopd.types import ConfigError
 
-__all__ = ["dtype_of", "make_accelerator"]
+__all__ = ["Layout", "dtype_of", "lay_out", "make_accelerator", "require_one_process"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -18,11 +24,31 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+# How long a process waits for the others before it gives them up for lost. They wait for each other
+# while one writes a checkpoint or is the last to end its rollouts, which may take many minutes; one
+# that dies is noticed at once.
+PATIENCE = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes of a run hold the models.
+
+    Attributes:
+        ranks: The processes.
+        device: Where this one computes.
+        offloads: Whether sharded weights live on the CPU while they are not computed with.
+    """
+
+    ranks: Ranks
+    device: torch.device
+    offloads: bool = False
+
 
 def make_accelerator(
     device: str, dtype: str, trackers: tuple[str, ...], folder: Path
 ) -> Accelerator:
-    """Set up accelerate for one process.
+    """Set up accelerate, for one process or for those that its launcher or torchrun started.
 
     Args:
         device: "auto" takes the GPU if there is one; otherwise the device's name.
@@ -34,8 +60,7 @@ def make_accelerator(
         The accelerator.
 
     Raises:
-        ConfigError: The device is not there, a tracker is not installed, or several processes
-            were launched.
+        ConfigError: The device is not there, or a tracker is not installed.
     """
     for tracker in trackers:
         if importlib.util.find_spec(tracker) is None:
@@ -47,18 +72,82 @@ def make_accelerator(
         raise ConfigError(f"run.device = {device!r}, but torch finds no such device here.")
     wants_bf16 = dtype == "auto" and device in ("auto", "cuda") and has_cuda
     mixed = "bf16" if wants_bf16 and torch.cuda.is_bf16_supported() else "no"
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=device == "cpu",
         mixed_precision=mixed,
         log_with=list(trackers) or None,
         project_dir=str(folder / "trackers") if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+
+
+def require_one_process(accelerator: Accelerator, command: str) -> Accelerator:
+    """Refuse a launch of several processes for a command that has work for one.
+
+    Args:
+        accelerator: From `make_accelerator`.
+        command: Name of the command, for the message.
+
+    Returns:
+        The accelerator.
+
+    Raises:
+        ConfigError: Several processes were launched.
+    """
     if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"{accelerator.num_processes} processes were launched, but this version trains in one; "
-            "run stableopd train without accelerate launch."
+        told = ConfigError(
+            f"{accelerator.num_processes} processes were launched, but stableopd {command} runs in "
+            "one; start it without accelerate launch or torchrun."
         )
+        raise shared(told)
     return accelerator
+
+
+def lay_out(accelerator: Accelerator) -> Layout:
+    """How the models are to be held: a copy in every process, or sharded by FSDP2.
+
+    Args:
+        accelerator: From `make_accelerator`. What was asked of accelerate (`accelerate launch
+            --use_fsdp`, or the variables that it sets) is read here.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ConfigError: Something was asked for that this program does not do.
+    """
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in (*kinds, DistributedType.FSDP):
+        raise ConfigError(
+            f"accelerate was asked for {accelerator.distributed_type.value}, but stableopd trains "
+            "with a copy of the models in each process, or with FSDP2: launch it without that."
+        )
+    rank, num = accelerator.process_index, accelerator.num_processes
+    # Not accelerate's own word for it, as it knows no sharding on CPUs.
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return Layout(Ranks(rank, num), accelerator.device)
+    plugin = FullyShardedDataParallelPlugin()
+    for is_wrong, reason in (
+        (
+            not torch.distributed.is_initialized(),
+            "needs a launcher: use accelerate launch or torchrun.",
+        ),
+        (plugin.fsdp_version != 2, "is version 1: add --fsdp_version 2."),
+        (
+            plugin.activation_checkpointing,
+            "is to checkpoint activations: set student.gradient_checkpointing = true instead.",
+        ),
+        (
+            plugin.reshard_after_forward is not True,
+            "is to keep gathered layers: leave --fsdp_reshard_after_forward out.",
+        ),
+    ):
+        if is_wrong:
+            raise ConfigError(f"FSDP was asked for of accelerate, but {reason}")
+    # Else transformers would give weights to the main process alone, and nothing could be checked.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    return Layout(Ranks(rank, num, shards=True), accelerator.device, offloads)
 
 
 def dtype_of(name: str, role: str, device: torch.device) -> torch.dtype:

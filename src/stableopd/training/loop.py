@@ -1,6 +1,7 @@
 """The loop: students write, teachers score, golden solutions join, the student is updated.
 
-After each step the alarm is asked; what it may do is in `guard.py`, and it is done here.
+After each step the alarm is asked; what it may do is in `guard.py`, and it is done here. With
+several processes all of them are in here and in step; how they share the work is in `ranks.py`.
 
 It never asks for a method's name. What is left out, and why: no reward models, no replay of old
 rollouts, no asynchronous sampling; each would make a rollout older than the student that it
@@ -10,8 +11,10 @@ trains, which is what on-policy distillation avoids.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
@@ -23,8 +26,9 @@ from stableopd.evaluation import evaluate
 from stableopd.objective.advantage import group_reward
 from stableopd.training.checkpoint import restore, restore_initial, save
 from stableopd.training.data import Problems
-from stableopd.training.guard import Event, ask
+from stableopd.training.guard import Event, Guard, ask
 from stableopd.training.metrics import evaluation_metrics, rollout_rows, step_metrics
+from stableopd.training.ranks import shared
 from stableopd.training.setup import Run, begin, eval_settings, prune
 from stableopd.training.step import step as make_step
 from stableopd.training.terms import Work
@@ -44,42 +48,66 @@ def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]
         should_stop: Asked after each step; when true the run saves and ends early.
 
     Yields:
-        The line of `metrics.jsonl` of step 0 (evaluation alone), then of each step.
+        The line of `metrics.jsonl` of step 0 (evaluation alone), then of each step; the same in
+        every process.
 
     Raises:
         TrainingError: A loss, gradient or log-prob is not finite. The update was not made, and
             the batch is written to failed/.
         RunFolderError: The run folder can no longer be written.
     """
-    config, folder, guard = run.config, run.folder, run.guard
+    with run.ranks.watched():
+        yield from _steps(run, should_stop)
+    run.accelerator.end_training()
+
+
+def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    config, ranks, guard = run.config, run.ranks, run.guard
     begin(run)
     if run.start_step == 0 and run.held_out is not None:
         line = {"step": 0, **_evaluation(run, run.held_out)}
-        guard, _, _ = ask(guard, line, config, [])
-        folder.append_metrics(line)
+        guard, line = ranks.on_main(functools.partial(_record_start, run, guard, line))
         yield line
     for step in range(run.start_step + 1, config.run.steps + 1):
         line, rows = _step(run, guard.objective, step)
         is_last = step == config.run.steps
         if run.held_out is not None and (step % config.eval.every == 0 or is_last):
             line |= _evaluation(run, run.held_out)
-        guard, event, marks = ask(guard, line, config, folder.checkpoints())
-        line |= marks
-        if rows and (step % config.run.rollouts_every == 0 or is_last):
-            folder.write_rollouts(step, rows)
-        folder.append_metrics(line)
-        run.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+        # The main process decides for all, and writes.
+        guard, event, line = ranks.on_main(functools.partial(_record, run, guard, line, rows))
         if event is not None:
-            folder.append_event(dataclasses.asdict(event))
-            _put_back(run, event)
-        ends = should_stop() or (event is not None and event.action == "stop")
+            ranks.together(functools.partial(_put_back, run, event))
+        is_interrupted = any(ranks.gather(should_stop()))
+        ends = is_interrupted or (event is not None and event.action == "stop")
         if step % config.run.save_every == 0 or is_last or ends:
-            save(folder, step, run.student, run.optimizer, run.scheduler)
-            prune(run, guard)
+            save(run.folder, step, run.student, run.optimizer, run.scheduler, ranks)
+            ranks.on_main(functools.partial(prune, run, guard))
         yield line
         if ends:
             break
-    run.accelerator.end_training()
+
+
+def _record_start(run: Run, guard: Guard, line: dict[str, Any]) -> tuple[Guard, dict[str, Any]]:
+    """Show the alarm the evaluation before the first step, and write it down."""
+    guard, _, _ = ask(guard, line, run.config, [])
+    run.folder.append_metrics(line)
+    return guard, line
+
+
+def _record(
+    run: Run, guard: Guard, line: dict[str, Any], rows: list[dict[str, Any]]
+) -> tuple[Guard, Event | None, dict[str, Any]]:
+    """Ask the alarm about a step, and write down what happened."""
+    config, folder, step = run.config, run.folder, line["step"]
+    guard, event, marks = ask(guard, line, config, folder.checkpoints())
+    line = line | marks
+    if rows and (step % config.run.rollouts_every == 0 or step == config.run.steps):
+        folder.write_rollouts(step, rows)
+    folder.append_metrics(line)
+    run.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+    if event is not None:
+        folder.append_event(dataclasses.asdict(event))
+    return guard, event, line
 
 
 def _put_back(run: Run, event: Event) -> None:
@@ -121,11 +149,13 @@ def _step(
             work,
             micro_batch_tokens=config.optimizer.micro_batch_tokens,
             grad_clip=config.optimizer.grad_clip,
+            ranks=run.ranks,
         )
     except TrainingError as error:
         rows = rollout_rows(step, by_id, rollouts, None, correct)
-        path = run.folder.write_failure(step, rows)
-        raise TrainingError(f"step {step}: {error} The batch is in {path}.") from None
+        path = run.ranks.on_main(functools.partial(run.folder.write_failure, step, rows))
+        told = TrainingError(f"step {step}: {error} The batch is in {path}.")
+        raise shared(told) from None
     run.scheduler.step()
     metrics = step_metrics(
         result, rollouts, correct, config.repetition, int(run.players.stop_ids.numel())
@@ -163,10 +193,14 @@ def _grade(run: Run, places: list[int], rollouts: list[Rollout]) -> list[bool] |
     answers = [run.train.prompts[i].answer for i in places for _ in range(per_prompt)]
     if not rollouts or any(a is None for a in answers):
         return None
-    return [
-        grade(r.completion, answer or "", data.grader, data.answer_marker)
-        for r, answer in zip(rollouts, answers, strict=True)
-    ]
+
+    def graded(pairs: Many[tuple[Rollout, str | None]]) -> list[bool]:
+        return [
+            grade(r.completion, answer or "", data.grader, data.answer_marker)
+            for r, answer in pairs
+        ]
+
+    return run.ranks.spread(list(zip(rollouts, answers, strict=True)), graded)
 
 
 def _group_rewards(run: Run, correct: list[bool] | None) -> torch.Tensor | None:

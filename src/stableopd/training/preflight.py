@@ -9,6 +9,7 @@ import torch
 from stableopd.models import token_hidden_states
 from stableopd.rollout.stops import Finding, StopLogps, audit
 from stableopd.training.batch import collate, micro_batches, rollout_sequences
+from stableopd.training.ranks import shared
 from stableopd.training.setup import Run
 from stableopd.training.terms import score
 from stableopd.types import ModelError, Rollout, SamplingSettings, StopReason
@@ -30,7 +31,13 @@ def examine(run: Run) -> list[Finding]:
 
     Raises:
         ModelError: A log-prob of student or teacher is not finite.
+        TrainingError: Another process was lost.
     """
+    with run.ranks.watched():
+        return _examine(run)
+
+
+def _examine(run: Run) -> list[Finding]:
     o, r = run.config.objective, run.config.rollout
     rollouts: list[Rollout] = []
     if o.lambda_policy or o.lambda_divergence or o.beta_reference:
@@ -39,20 +46,26 @@ def examine(run: Run) -> list[Finding]:
         with run.accelerator.autocast():
             rollouts = run.sampler.sample(run.train.named_ids(places), 1, settings, AUDIT_SEED)
     golden = [s.completion_ids for s in run.train.golden if s is not None]
-    return audit(
-        run.stops,
-        run.student.tokenizer,
-        run.teacher_tokenizer,
-        golden,
-        rollouts,
-        r.max_new_tokens,
-        _stop_logps(run, rollouts),
+    stop_logps = _stop_logps(run, rollouts)
+    return run.ranks.on_main(
+        lambda: audit(
+            run.stops,
+            run.student.tokenizer,
+            run.teacher_tokenizer,
+            golden,
+            rollouts,
+            r.max_new_tokens,
+            stop_logps,
+        )
     )
 
 
 @torch.no_grad()
 def _stop_logps(run: Run, rollouts: list[Rollout]) -> StopLogps | None:
-    """Mean log-prob of the students' stops, as the objective will see them."""
+    """Mean log-prob of the students' stops, as the objective will see them.
+
+    They are few: every process scores all of them, and finds the same.
+    """
     players = run.players
     stopped = [r for r in rollouts if r.stop_reason is StopReason.STOP]
     if players.teacher is None or not stopped:
@@ -67,10 +80,11 @@ def _stop_logps(run: Run, rollouts: list[Rollout]) -> StopLogps | None:
             scores = score(players, hidden_ND, batch, [players.teacher.against(batch)])
         for role, logp_N in (("student", scores.logp_N), ("teacher", scores.others[0].logp_N)):
             if not bool(torch.isfinite(logp_N).all()):
-                raise ModelError(
+                told = ModelError(
                     f"the {role} gives log-probs that are not finite on the first rollouts, though "
                     "its weights are; use an earlier checkpoint or another dtype."
                 )
+                raise shared(told)
         ends = torch.tensor([len(s.completion_ids) for s in group]).cumsum(0) - 1
         student += scores.logp_N.cpu()[ends].tolist()
         teacher += scores.others[0].logp_N.cpu()[ends].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stableopd import config as configuration
-from stableopd import embedded, models
+from stableopd import models
 from stableopd.config import Config, ObjectiveConfig
 from stableopd.config_checks import RAISING
 from stableopd.models import LanguageModel
@@ -24,11 +25,14 @@ from stableopd.rollout.sampler import TransformersSampler
 from stableopd.rollout.stops import StopPlan, plan_stops, stop_ids_of
 from stableopd.runfolder import RunFolder
 from stableopd.teacher.local import FrozenModel
-from stableopd.training.checkpoint import load_adapter, load_trainer
+from stableopd.training.checkpoint import load_trainer
 from stableopd.training.data import Problems, load_held_out, load_train
-from stableopd.training.devices import dtype_of, make_accelerator
+from stableopd.training.devices import Layout, lay_out, make_accelerator
 from stableopd.training.guard import Guard, spared
-from stableopd.training.resume import find_past, flat
+from stableopd.training.loading import Models, load_models, share_out
+from stableopd.training.ranks import Ranks, shared
+from stableopd.training.resume import Past, find_past, flat
+from stableopd.training.sampling import SpreadSampler
 from stableopd.training.terms import Players
 from stableopd.types import ConfigError, SamplingSettings
 
@@ -43,6 +47,7 @@ class Run:
         config: The configuration.
         folder: The run folder; of a new run it is not made yet.
         accelerator: Device, precision and trackers.
+        ranks: The processes, this one among them.
         student: The student.
         teacher_tokenizer: The teacher's tokenizer; None without a teacher.
         players: The models as a step sees them.
@@ -64,12 +69,13 @@ class Run:
     config: Config
     folder: RunFolder
     accelerator: Accelerator
+    ranks: Ranks
     student: LanguageModel
     teacher_tokenizer: Any
     players: Players
     stops: StopPlan
-    sampler: TransformersSampler
-    eval_sampler: TransformersSampler
+    sampler: SpreadSampler
+    eval_sampler: SpreadSampler
     optimizer: torch.optim.Optimizer
     scheduler: Any
     train: Problems
@@ -96,50 +102,102 @@ def prepare(config: Config, resume: bool = False) -> Run:
     Raises:
         StableOPDError: Something does not fit; the message says what and where.
     """
-    past = find_past(config, resume)
-    accelerator = make_accelerator(
-        config.run.device, config.student.dtype, config.run.trackers, Path(config.run.output)
-    )
-    torch.manual_seed(config.run.seed)  # a new adapter is drawn from it
-    transformers.logging.set_verbosity_error()
-    objective, may_raise = past.guard.objective, config.alarm.action in RAISING
-    needs_reference = bool(objective.beta_reference) or may_raise
-    loaded = _load_models(config, accelerator.device, past.checkpoint, needs_reference)
-    student, teacher = loaded.student, loaded.teacher
-    num_tokens, stops = _agree(config, student, teacher)
-    players = _players(config, accelerator, loaded, stops, num_tokens)
-    needs_golden = bool(objective.lambda_gold) or may_raise
-    train, notes = load_train(config, student, teacher, stops, needs_golden)
-    optimizer, scheduler = _optimizer(config, student)
-    start_step = 0
-    if past.checkpoint is not None:
-        start_step = load_trainer(past.checkpoint, optimizer, scheduler)
+    r = config.run
+    try:
+        accelerator = make_accelerator(r.device, config.student.dtype, r.trackers, Path(r.output))
+        layout = lay_out(accelerator)
+    except ConfigError as error:
+        shared(error)  # all processes of a machine ask for the same
+        raise
+    with layout.ranks.watched():
+        return _prepare(config, resume, accelerator, layout)
 
-    def sampler(batch_size: int) -> TransformersSampler:
-        return TransformersSampler(
-            student.model, student.tokenizer, stops.decode_ids, num_tokens, batch_size
+
+@dataclass(frozen=True)
+class _Read:
+    """What a process has read by itself, before the processes do anything together."""
+
+    past: Past
+    models: Models
+    num_tokens: int
+    stops: StopPlan
+    train: Problems
+    held_out: Problems | None
+    notes: list[str]
+
+
+def _prepare(config: Config, resume: bool, accelerator: Accelerator, layout: Layout) -> Run:
+    ranks = layout.ranks
+    read = ranks.together(lambda: _read(config, resume, layout))
+    if ranks.num > 1:
+        ranks.require_same(_facts(config, read))
+    models = share_out(read.models, layout, config.alarm.action == "rollback")
+    student, past = models.student, read.past
+    optimizer, scheduler = _optimizer(config, student)
+    start_step, checkpoint = 0, past.checkpoint
+    if checkpoint is not None:
+        start_step = ranks.together(lambda: load_trainer(checkpoint, optimizer, scheduler))
+
+    def sampler(batch_size: int) -> SpreadSampler:
+        inner = TransformersSampler(
+            student.model, student.tokenizer, read.stops.decode_ids, read.num_tokens, batch_size
         )
+        return SpreadSampler(inner, ranks)
 
     return Run(
         config=config,
         folder=past.folder,
         accelerator=accelerator,
+        ranks=ranks,
         student=student,
-        teacher_tokenizer=None if teacher is None else teacher.tokenizer,
-        players=players,
-        stops=stops,
+        teacher_tokenizer=None if models.teacher is None else models.teacher.tokenizer,
+        players=_players(config, accelerator, models, read.stops, read.num_tokens),
+        stops=read.stops,
         sampler=sampler(config.rollout.batch_size),
         eval_sampler=sampler(config.eval.batch_size),
         optimizer=optimizer,
         scheduler=scheduler,
-        train=train,
-        held_out=load_held_out(config, student, teacher),
-        initial=loaded.initial,
+        train=read.train,
+        held_out=read.held_out,
+        initial=models.initial,
         guard=past.guard,
         is_resumed=resume,
         start_step=start_step,
-        notes=(*notes, *_alarm_notes(config, objective)),
+        notes=(*read.notes, *_alarm_notes(config, past.guard.objective), *_rank_notes(ranks)),
     )
+
+
+def _read(config: Config, resume: bool, layout: Layout) -> _Read:
+    """Find what there is of the run, and load models and data."""
+    if layout.ranks.num > config.rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} leaves some of "
+            f"{layout.ranks.num} processes without a prompt; raise it or start fewer processes."
+        )
+    past = find_past(config, resume)
+    torch.manual_seed(config.run.seed)  # a new adapter is drawn from it
+    transformers.logging.set_verbosity_error()
+    objective, may_raise = past.guard.objective, config.alarm.action in RAISING
+    needs_reference = bool(objective.beta_reference) or may_raise
+    loaded = load_models(config, layout, past.checkpoint, needs_reference)
+    student, teacher = loaded.student, loaded.teacher
+    num_tokens, stops = _agree(config, student, teacher)
+    needs_golden = bool(objective.lambda_gold) or may_raise
+    train, notes = load_train(config, student, teacher, stops, needs_golden)
+    held_out = load_held_out(config, student, teacher)
+    return _Read(past, loaded, num_tokens, stops, train, held_out, notes)
+
+
+def _facts(config: Config, read: _Read) -> dict[str, Any]:
+    """What all processes must have read alike, beside the weights."""
+    data = repr(
+        [(read.train.prompt_ids, read.train.golden), read.held_out and read.held_out.prompts]
+    )
+    return {
+        "configuration": configuration.to_toml(config),
+        "checkpoint": str(read.past.checkpoint),
+        "data set": zlib.crc32(data.encode()),
+    }
 
 
 def begin(run: Run) -> None:
@@ -151,6 +209,14 @@ def begin(run: Run) -> None:
     Raises:
         RunFolderError: The folder cannot be written.
     """
+    run.ranks.on_main(lambda: _open_folder(run))
+    if run.config.run.trackers:
+        # Trackers take no lists.
+        fields = {k: str(v) if isinstance(v, list) else v for k, v in flat(run.config).items()}
+        run.accelerator.init_trackers("stableopd", config=fields)
+
+
+def _open_folder(run: Run) -> None:
     text = configuration.to_toml(run.config)
     if run.is_resumed:
         # Without a checkpoint even step 0's evaluation is made again.
@@ -160,10 +226,6 @@ def begin(run: Run) -> None:
         run.folder.write_text("config.toml", text)
     else:
         RunFolder.create(run.folder.path, text, _environment(run))
-    if run.config.run.trackers:
-        # Trackers take no lists.
-        fields = {k: str(v) if isinstance(v, list) else v for k, v in flat(run.config).items()}
-        run.accelerator.init_trackers("stableopd", config=fields)
 
 
 def prune(run: Run, guard: Guard) -> None:
@@ -178,74 +240,6 @@ def prune(run: Run, guard: Guard) -> None:
     """
     kept = spared(guard, run.folder.checkpoints(), run.config)
     run.folder.prune_checkpoints(run.config.run.keep_checkpoints, kept)
-
-
-def _source(model: str, role: str) -> str:
-    return str(embedded.path(role)) if model == "embedded" else model
-
-
-@dataclass(frozen=True)
-class _Models:
-    """The models; `initial` are the student's trained parameters before any step."""
-
-    student: LanguageModel
-    teacher: LanguageModel | None
-    reference: LanguageModel | None
-    initial: Mapping[str, Tensor]
-
-
-def _load_models(
-    config: Config, device: torch.device, checkpoint: Path | None, needs_reference: bool
-) -> _Models:
-    """Student, and teacher and reference where a term needs them or may come to need them."""
-    o, s, t = config.objective, config.student, config.teacher
-    source = _source(s.model, "student")
-    dtype = dtype_of(s.dtype, "student", device)
-    keeps_initial = config.alarm.action == "rollback"
-    initial: dict[str, Tensor] = {}
-
-    def load_student(path: str, gguf_file: str) -> LanguageModel:
-        return models.load(path, role="student", dtype=dtype, device=device, gguf_file=gguf_file)
-
-    if s.lora_rank:
-        student = load_student(source, s.gguf_file)
-        student = models.add_lora(student, s.lora_rank, s.lora_alpha, s.lora_targets)
-        adapter = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
-        if keeps_initial:
-            initial = {name: p.detach().clone() for name, p in adapter.items()}
-        if checkpoint is not None:
-            load_adapter(student, checkpoint)
-    elif checkpoint is not None:
-        student = load_student(str(checkpoint), "")
-    else:
-        student = load_student(source, s.gguf_file)
-    if s.gradient_checkpointing:
-        _checkpoint_gradients(student.model)
-    teacher = reference = None
-    if (o.lambda_policy and o.advantage != "group_reward") or o.lambda_divergence:
-        teacher = models.load(
-            _source(t.model, "teacher"),
-            role="teacher",
-            dtype=dtype_of(t.dtype, "teacher", device),
-            device=device,
-            gguf_file=t.gguf_file,
-        )
-        models.require_same_tokenizer(student, teacher)
-    if needs_reference:
-        # With an adapter the student's own base is the reference, and no second copy is held.
-        reference = student if s.lora_rank else load_student(source, s.gguf_file)
-        if keeps_initial and not s.lora_rank:
-            initial = dict(reference.model.named_parameters())
-    return _Models(student, teacher, reference, initial)
-
-
-def _checkpoint_gradients(model: Any) -> None:
-    # Its name from transformers 5.20 on, and before.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()
-    for module in model.modules():
-        # In training mode are the checkpointing layers alone: dropout stays off, as in sampling.
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _agree(
@@ -271,7 +265,7 @@ def _agree(
 def _players(
     config: Config,
     accelerator: Accelerator,
-    loaded: _Models,
+    loaded: Models,
     stops: StopPlan,
     num_tokens: int,
 ) -> Players:
@@ -316,6 +310,16 @@ def _alarm_notes(config: Config, objective: ObjectiveConfig) -> list[str]:
     return notes
 
 
+def _rank_notes(ranks: Ranks) -> list[str]:
+    if ranks.num == 1:
+        return []
+    holding = "which share the weights out (FSDP2)" if ranks.shards else "each with all weights"
+    return [
+        f"{ranks.num} processes, {holding}: each draws the rollouts of its prompts with a seed of "
+        "its own, so that another number of processes draws other rollouts."
+    ]
+
+
 def _optimizer(config: Config, student: LanguageModel) -> tuple[torch.optim.Optimizer, Any]:
     o = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -358,6 +362,8 @@ def _environment(run: Run) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "command": sys.argv,
         "seed": run.config.run.seed,
+        "num_processes": run.ranks.num,
+        "shards": run.ranks.shards,
         "stops": {
             "mode": stops.mode,
             "student_ids": stops.student_ids,
