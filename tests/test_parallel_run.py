@@ -4,7 +4,6 @@ With top-k 1 a rollout does not depend on the draw, so that a run of two process
 numbers of one.
 """
 
-import json
 import math
 import os
 import signal
@@ -203,24 +202,40 @@ def test_a_folder_that_cannot_be_written_ends_both(world, server):
         RunFolder.open(world / "blocked").metrics()
 
 
-ACCELERATE = ("--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
+SHARDED = ("--use_fsdp", "--fsdp_version=2", "--mixed_precision=no", "--dynamo_backend=no")
 LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "--master-port"),
-    "accelerate": (
+    "accelerate-fsdp": (
         "accelerate.commands.launch",
-        *ACCELERATE,
-        "--dynamo_backend=no",
+        *SHARDED,
+        "--num_machines=1",
+        "--num_processes=2",
         "--main_process_port",
     ),
+    "accelerate": (
+        "accelerate.commands.launch",
+        "--cpu",
+        *SHARDED[2:],
+        "--num_machines=1",
+        "--num_processes=2",
+        "--main_process_port",
+    ),
+    "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "--master-port"),
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "accelerate-fsdp",
+        # Each loads torch in three processes, for what is tested in forks above.
+        pytest.param("accelerate", marks=pytest.mark.slow),
+        pytest.param("torchrun", marks=pytest.mark.slow),
+    ],
+)
 def test_the_launchers_themselves(world, launcher, alone):
     config = configure(world, launcher)
     port = parallel_parts.rendezvous(2)["MASTER_PORT"]
-    kind = FSDP if launcher == "torchrun" else {}
-    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONWARNINGS"} | kind
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONWARNINGS"}
     done = subprocess.run(
         [sys.executable, "-m", *LAUNCHERS[launcher], port, "-m", "stableopd", "train", config],
         capture_output=True,
@@ -232,4 +247,5 @@ def test_the_launchers_themselves(world, launcher, alone):
     assert_same(world / launcher, alone)
     assert done.stdout.count("Before the first step") == 1
     assert (world / launcher / "report.html").stat().st_size > 1000
-    assert json.loads((world / launcher / "environment.json").read_text())["num_processes"] == 2
+    environment = RunFolder.open(world / launcher).environment()
+    assert (environment["num_processes"], environment["shards"]) == (2, "fsdp" in launcher)

@@ -105,11 +105,13 @@ def prepare(config: Config, resume: bool = False) -> Run:
     r = config.run
     try:
         accelerator = make_accelerator(r.device, config.student.dtype, r.trackers, Path(r.output))
-        layout = lay_out(accelerator)
     except ConfigError as error:
-        shared(error)  # all processes of a machine ask for the same
+        shared(error)  # all processes of a machine ask for the same device and trackers
         raise
-    with layout.ranks.watched():
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes)
+    with ranks.watched():
+        # Together, or the first to find fault would leave while others are still coming in.
+        layout = ranks.together(lambda: lay_out(accelerator))
         return _prepare(config, resume, accelerator, layout)
 
 
