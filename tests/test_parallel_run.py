@@ -202,35 +202,19 @@ def test_a_folder_that_cannot_be_written_ends_both(world, server):
         RunFolder.open(world / "blocked").metrics()
 
 
-SHARDED = ("--use_fsdp", "--fsdp_version=2", "--mixed_precision=no", "--dynamo_backend=no")
 LAUNCHERS = {
-    "accelerate-fsdp": (
-        "accelerate.commands.launch",
-        *SHARDED,
-        "--num_machines=1",
-        "--num_processes=2",
-        "--main_process_port",
-    ),
     "accelerate": (
         "accelerate.commands.launch",
-        "--cpu",
-        *SHARDED[2:],
-        "--num_machines=1",
-        "--num_processes=2",
-        "--main_process_port",
+        *("--use_fsdp", "--fsdp_version=2", "--mixed_precision=no", "--dynamo_backend=no"),
+        *("--num_machines=1", "--num_processes=2", "--main_process_port"),
     ),
     "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "--master-port"),
 }
 
 
+# Each loads torch in three processes, for what is tested in forks above.
 @pytest.mark.parametrize(
-    "launcher",
-    [
-        "accelerate-fsdp",
-        # Each loads torch in three processes, for what is tested in forks above.
-        pytest.param("accelerate", marks=pytest.mark.slow),
-        pytest.param("torchrun", marks=pytest.mark.slow),
-    ],
+    "launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)]
 )
 def test_the_launchers_themselves(world, launcher, alone):
     config = configure(world, launcher)
@@ -248,4 +232,4 @@ def test_the_launchers_themselves(world, launcher, alone):
     assert done.stdout.count("Before the first step") == 1
     assert (world / launcher / "report.html").stat().st_size > 1000
     environment = RunFolder.open(world / launcher).environment()
-    assert (environment["num_processes"], environment["shards"]) == (2, "fsdp" in launcher)
+    assert (environment["num_processes"], environment["shards"]) == (2, launcher == "accelerate")
