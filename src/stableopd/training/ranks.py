@@ -23,7 +23,8 @@ from stableopd.types import ConfigError, Sequence, StableOPDError, TrainingError
 
 __all__ = ["ALONE", "Ranks", "shared"]
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def shared(error: StableOPDError) -> StableOPDError:
