@@ -173,9 +173,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "stable_opd": {
         "lambda_policy": 1.0,
-        "lambda_gold": 1.0,  # LUFFY code base; the paper gives none
+        # Our sweep (docs/results.md, "Defaults"): .3 still collapses, 1 to 3 are flat.
+        "lambda_gold": 1.0,
         "lambda_divergence": 0.0,
-        "beta_reference": 0.01,  # third parties; the paper gives none
+        # Our sweep: flat from 0 to .1. The paper gives neither weight.
+        "beta_reference": 0.01,
         "advantage": "log_ratio",
     },
     "sft": {
