@@ -10,9 +10,10 @@ import pytest
 
 import run_parts
 import tiny
-from stableopd.diagnose.runs import Reading, diagnose_dump, diagnose_run, lines_of, open_paths
+from stableopd.diagnose.runs import Reading, diagnose_dump, diagnose_run, open_paths
 from stableopd.diagnose.watch import watch
 from stableopd.diagnostics.alarm import Level
+from stableopd.diagnostics.lines import lines_of
 
 DUMPS = Path(__file__).parent / "dumps"
 

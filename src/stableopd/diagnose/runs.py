@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stableopd.config import RepetitionConfig
 from stableopd.diagnose.notes import about_window, damage, how_truncation
 from stableopd.diagnostics.alarm import Alarm, Level, advance, after_rollback
 from stableopd.diagnostics.collect import Collector
 from stableopd.diagnostics.evidence import Facts
-from stableopd.diagnostics.onset import Onset, find_onset
+from stableopd.diagnostics.lines import lines_of, onset_of
 from stableopd.diagnostics.overlap import find_agreement
 from stableopd.diagnostics.summary import Parameters, Summary
 from stableopd.diagnostics.verdict import Diagnosis, judge
@@ -33,7 +30,6 @@ __all__ = [
     "diagnose_dump",
     "diagnose_run",
     "is_run_folder",
-    "lines_of",
     "measure",
     "open_paths",
 ]
@@ -45,23 +41,6 @@ RETOKENISED_TOLERANCE = 0.02
 
 # In the line of the step after which a run put an earlier student back.
 RESTORED = "alarm/restored_step"
-
-# The names of docs/metrics.md for what rollouts alone tell.
-METRICS = {
-    "rollout/mean_length": "mean_length",
-    "rollout/truncation_rate": "truncation_rate",
-    "rollout/repetition_rate": "repetition_rate",
-    "rollout/repetitive_share": "repetitive_share",
-    "rollout/accuracy": "accuracy",
-    "advantage/mean": "advantage",
-    "advantage/repetitive_mean": "repetitive_advantage",
-    "advantage/regular_mean": "regular_advantage",
-    "advantage/repetitive_weight": "repetitive_weight",
-    "logp/student_mean": "student_logp",
-    "logp/teacher_mean": "teacher_logp",
-    "stop/student_logp": "student_stop_logp",
-    "stop/teacher_logp": "teacher_stop_logp",
-}
 
 
 @dataclass(frozen=True)
@@ -216,22 +195,6 @@ def measure(
     return collector.summary(), notes
 
 
-def lines_of(summary: Summary) -> tuple[dict[str, Any], ...]:
-    """One mapping a step with the names of docs/metrics.md, of what the rollouts tell.
-
-    Args:
-        summary: Measurements by step.
-
-    Returns:
-        The lines in order; a name without a number is left out.
-    """
-    lines: list[dict[str, Any]] = []
-    for entry in summary.by_step:
-        values = {name: getattr(entry.measures, field) for name, field in METRICS.items()}
-        lines.append({"step": entry.step} | {k: v for k, v in values.items() if math.isfinite(v)})
-    return tuple(lines)
-
-
 def _collect(collector: Collector, dump: Dump, on_bytes: OnBytes | None) -> None:
     for records in dump.batches(on_bytes):
         collector.add(records)
@@ -247,9 +210,8 @@ def _diagnosis(
     config: str = "",
     environment: str = "",
 ) -> Diagnosis:
-    counts = {entry.step: entry.measures.num_rollouts for entry in summary.by_step}
-    onset = _onset(lines, "rollout/truncation_rate", counts)
-    repetition = _onset(lines, "rollout/repetitive_share", counts)
+    onset = onset_of(lines, "rollout/truncation_rate", summary)
+    repetition = onset_of(lines, "rollout/repetitive_share", summary)
     alarm, warned_at, alarmed_at = _replay(lines)
     said = [
         f"On these lines the alarm first says {level} at step {step}."
@@ -311,14 +273,6 @@ def ask(alarm: Alarm, line: Mapping[str, Any]) -> Alarm:
     alarm = advance(alarm, line)
     restored = line.get(RESTORED)
     return alarm if restored is None else after_rollback(alarm, int(restored))
-
-
-def _onset(lines: Sequence[Mapping[str, Any]], metric: str, counts: Mapping[int, int]) -> Onset:
-    known = [line for line in lines if isinstance(line.get(metric), int | float)]
-    steps = [int(line["step"]) for line in known]
-    typical = float(np.median(list(counts.values()))) if counts else None
-    sizes = None if typical is None else [counts.get(step, typical) for step in steps]
-    return find_onset(steps, [float(line[metric]) for line in known], sizes)
 
 
 def _config_table(folder: RunFolder) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stableopd.diagnose.runs import Reading, ask, is_run_folder, lines_of, measure, open_paths
+from stableopd.diagnose.runs import Reading, ask, is_run_folder, measure, open_paths
 from stableopd.diagnostics.alarm import Alarm, Level
+from stableopd.diagnostics.lines import lines_of
 from stableopd.runfolder import RunFolder
 from stableopd.types import DataError
 
