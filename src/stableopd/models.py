@@ -31,6 +31,7 @@ __all__ = [
     "hidden_states",
     "load",
     "offer_hooked_hidden_states",
+    "require_head",
     "require_same_tokenizer",
     "shared_vocabulary",
     "token_hidden_states",
@@ -127,7 +128,7 @@ def load(
         )
     model = model.to(device).eval()
     _require_finite(model, role, source)
-    _require_head(model, role, source)
+    require_head(model, role, source)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return LanguageModel(source, model, tokenizer, context)
 
@@ -142,7 +143,18 @@ def _require_finite(model: nn.Module, role: str, source: str) -> None:
 
 
 @torch.no_grad()
-def _require_head(model: Any, role: str, source: str) -> None:
+def require_head(model: Any, role: str, source: str, is_half: bool = False) -> None:
+    """Refuse a model whose logits are not its output embedding applied to its hidden states.
+
+    Args:
+        model: A transformers model, or a PEFT model around one, without dropout.
+        role: "student" or "teacher", for messages.
+        source: Name of the model, for messages.
+        is_half: Whether float32 weights are rounded to half precision in a forward pass.
+
+    Raises:
+        ModelError: It is so, or the logits are not finite.
+    """
     head = head_of(model, role, source)
     ids_BT = torch.arange(1, 9, device=model.device).unsqueeze(0) % head.weight_VD.shape[0]
     mask_BT = torch.ones_like(ids_BT)
@@ -153,7 +165,7 @@ def _require_head(model: Any, role: str, source: str) -> None:
             "weights are; use an earlier checkpoint or another dtype."
         )
     parts = head.logits(hidden_states(model, ids_BT, mask_BT)[0]).float()
-    tolerance = HEAD_TOLERANCE.get(model.dtype, HEAD_TOLERANCE_HALF)
+    tolerance = HEAD_TOLERANCE.get(None if is_half else model.dtype, HEAD_TOLERANCE_HALF)
     if not torch.allclose(whole, parts, rtol=tolerance, atol=tolerance * whole.abs().max().item()):
         raise ModelError(
             f"{role}.model = {source!r}: the logits of {type(model).__name__} are not its output "
