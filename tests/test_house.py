@@ -41,8 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": FOUNDATION | {"runfolder", "diagnostics"},
     "terminal": FOUNDATION,
     "integrations": MATHS | {"runfolder"},
-    # Loaded by verl alone, and so not by the other integrations, which need no torch.
-    "integrations.verl": MATHS | {"integrations.verl", "data"},
+    # Loaded by a framework alone, and so not by the other integrations, which need no torch.
+    "integrations.trl": MODELS | {"runfolder", "rollout", "data", "teacher", "integrations"},
+    "integrations.verl": MATHS | {"data"},
     "diagnose": MATHS | {"runfolder", "integrations", "report", "terminal"},
     "doctor": MODELS | DATA | {"training", "terminal"},
     "evaluate": MODELS | DATA | {"evaluation", "report", "terminal", "training"},
@@ -57,13 +58,19 @@ MAY_IMPORT: dict[str, set[str]] = {
 # What a room may load from outside; rooms not named here may load anything.
 NO_TORCH = {"config", "config_checks", "diagnostics", "report", "runfolder", "terminal", "demo"}
 NO_TORCH |= {"diagnose", "integrations"}
+# Packages within a room that are rooms of their own.
+INNER = ("integrations.trl", "integrations.verl")
 
 
 def room_of(file: Path) -> str:
     inside = file.relative_to(SRC)
-    if inside.parts[:2] == ("integrations", "verl"):
-        return "integrations.verl"
-    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+    return room_named(".".join(inside.with_suffix("").parts))
+
+
+def room_named(module: str) -> str:
+    """The room of a module, named without the package's own name."""
+    inner = next((room for room in INNER if f"{module}.".startswith(f"{room}.")), None)
+    return inner or module.partition(".")[0] or "__init__"
 
 
 def is_for_types_alone(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
@@ -100,9 +107,7 @@ def test_layers(file: Path) -> None:
     for name in imports(file):
         head, _, rest = name.partition(".")
         if head == "stableopd":
-            other = rest.partition(".")[0] or "__init__"
-            if f"{rest}.".startswith("integrations.verl."):
-                other = "integrations.verl"
+            other = room_named(rest)
             allowed = MAY_IMPORT[room] | {room}
             assert other in allowed, f"{room} may not import {name}"
         if room in NO_TORCH:
@@ -145,6 +150,13 @@ def test_public_names(file: Path) -> None:
         assert not {d for d in defined if not d.startswith("_")}, "public names without __all__"
         return
     assert listed == sorted(listed), "__all__ is not sorted"
+    if file.name == "__init__.py":  # a package may hand on the names of its files
+        named |= {
+            alias.name
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
     if file != SRC / "__init__.py":
         assert set(listed) <= defined | named
 
@@ -175,7 +187,7 @@ def test_help_and_import_load_no_torch() -> None:
 def test_dumps_load_neither_torch_nor_a_framework() -> None:
     code = (
         "import sys, stableopd, stableopd.integrations, stableopd.integrations.dumps\n"
-        "heavy = {'torch', 'transformers', 'verl', 'ray'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'trl', 'verl', 'ray'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

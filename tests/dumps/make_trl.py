@@ -1,9 +1,8 @@
 """Make the TRL dumps of this folder: train the embedded student with TRL itself.
 
-In a virtual environment of its own (requirements/trl.txt says how to make one), ten minutes on
-one core:
+In the environment of `make test`, ten minutes on one core:
 
-    python tests/dumps/make_trl.py /tmp/trl
+    .venv/bin/python tests/dumps/make_trl.py /tmp/trl
 
 The settings are those of src/stableopd/embedded/demo.toml as far as TRL has them. With
 `log_completions=True` and `logging_steps=1` TRL writes a parquet file a step, 64 rows each; kept

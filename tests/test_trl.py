@@ -1,0 +1,412 @@
+"""`StableOPDTrainer` against TRL's own trainer and against our own training step."""
+
+import copy
+import dataclasses
+
+import peft
+import pytest
+import torch
+from trl import DistillationConfig
+from trl.trainer.utils import split_tensor_dict
+
+from stableopd.integrations.trl import StableOPDTrainer
+from stableopd.teacher.local import FrozenModel
+from stableopd.training.step import step
+from stableopd.training.terms import Players, Work
+from stableopd.types import (
+    ConfigError,
+    DataError,
+    ModelError,
+    Rollout,
+    SamplingSettings,
+    Sequence,
+    StopReason,
+    TrainingError,
+)
+from step_parts import flat, objective
+from tiny import END, EOS, PAD, VOCABULARY, V, make_llama, make_tokenizer, save_model
+from trl_parts import PLAIN, logged, make, make_plain, rows, student, teacher
+
+# TRL 1.16 and peft 0.21 ask transformers 5.23 for a setting by its former name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+DIVERGENCES = {0.0: "forward_kl", 0.5: "jensen_shannon", 1.0: "reverse_kl"}
+
+
+@pytest.fixture(autouse=True)
+def _no_telemetry(monkeypatch):
+    monkeypatch.setenv("CI", "1")
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_with_all_terms_off_it_is_trl_to_the_bit(tmp_path, beta):
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "beta": beta}
+    theirs = make_plain(tmp_path / "trl", **settings)
+    theirs.train()
+    ours = make(tmp_path / "ours", **PLAIN, **settings)
+    before = flat(ours.model)
+    ours.train()
+    names = ("loss", "grad_norm", "entropy", "completions/mean_length")
+    assert len(logged(theirs, "loss")) == 3
+    assert logged(ours, *names) == logged(theirs, *names)
+    assert torch.equal(flat(ours.model), flat(theirs.model))
+    assert not torch.equal(flat(ours.model), before)
+
+
+def batch_of(trainer, count=4, first=0):
+    """What TRL generates and scores of some rows, in training mode."""
+    trainer.model.train()
+    torch.manual_seed(5)
+    data = trainer.train_dataset
+    return trainer._generate_and_score_completions([data[first + i] for i in range(count)])
+
+
+def unpadded(inputs, name):
+    pairs = zip(inputs[f"{name}_ids"], inputs[f"{name}_mask"].bool(), strict=True)
+    return [tuple(ids[mask].tolist()) for ids, mask in pairs]
+
+
+def work_of(inputs, chosen, length, stops):
+    """The same rollouts and golden solutions as a batch of our own step."""
+    prompts = unpadded(inputs, "prompt")
+    rollouts = []
+    for i, (prompt, ids) in enumerate(zip(prompts, unpadded(inputs, "completion"), strict=True)):
+        reason = StopReason.STOP if ids[-1] in stops else StopReason.LENGTH
+        zeros = (0.0,) * len(ids)
+        rollouts.append(Rollout(f"p{i}", prompt, ids, "", reason, zeros, SamplingSettings(length)))
+    golden = [
+        Sequence(prompt, ids, True, i)
+        for i, (prompt, ids) in enumerate(zip(prompts, unpadded(inputs, "golden"), strict=True))
+    ]
+    return Work(chosen, rollouts, golden, None, length)
+
+
+def our_step(trainer, inputs, reference, **fields):
+    """Loss terms, and parameters after a step of plain gradient descent, by training/step.py."""
+    settings = trainer.args
+    chosen = objective(
+        "gkd",
+        lambda_gold=settings.lambda_gold,
+        beta_reference=settings.beta_reference,
+        divergence=DIVERGENCES[settings.beta],
+        aggregation="token",
+        **fields,
+    )
+    model = copy.deepcopy(trainer.model).eval()
+    event = trainer.stops.mode == "event"
+    players = Players(
+        student=model,
+        num_tokens=V,
+        teacher=FrozenModel(trainer.teacher_model, V, settings.temperature),
+        reference=FrozenModel(reference or model, V, settings.temperature),
+        stop_ids=torch.tensor(trainer.stops.event_ids if event else trainer.stops.decode_ids),
+        stop_is_event=event,
+        temperature=settings.temperature,
+        pad_id=PAD,
+    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    work = work_of(inputs, chosen, settings.max_completion_length, trainer.eos_token_ids)
+    result = step(players, optimizer, work, micro_batch_tokens=10**6, grad_clip=1e9)
+    return result, flat(model), work
+
+
+def their_step(trainer, micro_batches):
+    """The same by the trainer: the loss summed over micro-batches, the parameters after it."""
+    model = trainer.model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    total = 0.0
+    for inputs in micro_batches:
+        loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        total += loss.item()
+    after = copy.deepcopy(model)
+    trainable = [p for p in after.parameters() if p.requires_grad]
+    for p, source in zip(trainable, parameters, strict=True):
+        p.data -= 0.1 * (torch.zeros_like(source) if source.grad is None else source.grad)
+    return total, flat(after)
+
+
+CASES = {
+    "paper": {},
+    "forward": {"beta": 0.0, "temperature": 0.7},
+    "jensen": {"beta": 0.5, "beta_reference": 0.3},
+    "event": {"teacher_ends": True, "beta_reference": 0.3, "lambda_gold": 0.5},
+    "tokens": {"teacher_ends": True, "stop": "token", "lambda_gold": 0.5},
+    "event alone": {"teacher_ends": True, **PLAIN},
+    "golden alone": {"beta_reference": 0.0},
+    "reference alone": {"lambda_gold": 0.0, "beta_reference": 2.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_with_terms_on_it_is_our_own_step(tmp_path, case):
+    teacher_model = teacher(END if case.get("teacher_ends") else None).double()
+    models = {"model": student(0.5).double(), "teacher_model": teacher_model}
+    trainer = make(tmp_path, **models, max_completion_length=24, **case)
+    reference = copy.deepcopy(trainer.model)
+    with torch.no_grad():  # a student that has moved away from the reference
+        for p in trainer.model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    inputs = batch_of(trainer, 12)
+    lengths = {len(ids) for ids in unpadded(inputs, "completion")}
+    assert len(lengths) > 2  # some are cut off, some stop
+    assert 24 in lengths
+    inputs.setdefault("golden_ids", torch.zeros(12, 0, dtype=torch.long))
+    inputs.setdefault("golden_mask", torch.zeros(12, 0, dtype=torch.long))
+    result, after, work = our_step(trainer, inputs, reference)
+    if trainer.args.lambda_gold:
+        assert [s.completion_ids[-1] for s in work.golden] == [EOS] * 12
+    total, found = their_step(trainer, [inputs])
+    assert total == pytest.approx(result.losses["total"], rel=1e-9)
+    torch.testing.assert_close(found, after, rtol=0, atol=1e-9)
+    terms = {k: v for k, v in result.losses.items() if k != "total"}
+    shares = {
+        name.removeprefix("loss/"): values[0]
+        for name, values in trainer._metrics["train"].items()
+        if name.startswith("loss/")
+    }
+    assert shares == pytest.approx(terms, rel=1e-9)
+
+
+def test_prompts_of_different_lengths_and_positions_that_are_absolute(tmp_path):
+    """GPT-2 adds a vector to each position: left padding must not move them."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def gpt2(seed):
+        torch.manual_seed(seed)
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        found = GPT2LMHeadModel(
+            GPT2Config(vocab_size=V, **sizes, bos_token_id=None, eos_token_id=EOS)
+        )
+        return found.double().eval()
+
+    trainer = make(tmp_path, gpt2(0), teacher_model=gpt2(1), disable_dropout=True)
+    inputs = batch_of(trainer, 16)
+    assert len({len(p) for p in unpadded(inputs, "prompt")}) > 1
+    result, after, _ = our_step(trainer, inputs, copy.deepcopy(trainer.model))
+    total, found = their_step(trainer, [inputs])
+    assert total == pytest.approx(result.losses["total"], rel=1e-9)
+    torch.testing.assert_close(found, after, rtol=0, atol=1e-9)
+
+
+def test_with_lora_the_reference_is_the_base(tmp_path):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    trainer = make(tmp_path, peft_config=lora, beta_reference=2.0)
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.3 * torch.randn_like(p))
+    inputs = batch_of(trainer)
+    with trainer.model.disable_adapter():
+        base = make_llama(0, sharp=8.0)
+        logits = trainer.model(input_ids=inputs["prompt_ids"]).logits
+        torch.testing.assert_close(logits, base(input_ids=inputs["prompt_ids"]).logits)
+    result, after, _ = our_step(trainer, inputs, base)
+    assert result.losses["reference_kl"] > 1e-3
+    total, found = their_step(trainer, [inputs])
+    assert total == pytest.approx(result.losses["total"], rel=1e-5)
+    torch.testing.assert_close(found, after, rtol=0, atol=1e-5)
+
+
+def test_two_micro_batches_are_one(tmp_path):
+    models = {"model": student(0.5).double(), "teacher_model": teacher().double()}
+    trainer = make(tmp_path, **models, max_completion_length=32, beta_reference=1.0)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    inputs = batch_of(trainer, first=3)
+    total, after = their_step(trainer, [inputs])
+    halves = split_tensor_dict(inputs, 2)
+    for mask in ("golden_mask", "completion_mask"):
+        assert halves[0][mask].sum() != halves[1][mask].sum()
+    split_total, split_after = their_step(trainer, halves)
+    assert split_total == pytest.approx(total, rel=1e-12)
+    torch.testing.assert_close(split_after, after, rtol=0, atol=1e-12)
+
+
+def test_a_run_with_accumulation_is_a_run_without(tmp_path):
+    names = ("loss", "grad_norm", "loss/divergence", "loss/golden", "loss/reference_kl")
+    names += ("rollout/mean_length", "rollout/truncation_rate", "advantage/mean", "golden/share")
+    found = []
+    for size, steps in ((4, 1), (2, 2)):
+        trainer = make(
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            beta_reference=1.0,
+        )
+        trainer.train()
+        found.append(logged(trainer, *names))
+    assert len(found[0]) == 3
+    for one, two in zip(*found, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_stops_of_both_models_end_a_rollout_and_are_one_event(tmp_path):
+    trainer = make(tmp_path, teacher_ends=True)
+    assert trainer.stops.event_ids == (EOS, END)
+    assert sorted(trainer.eos_token_ids) == [EOS, END]
+    seen = set()
+    for _ in range(6):
+        for ids in unpadded(batch_of(trainer, 16), "completion"):
+            assert not {EOS, END} & set(ids[:-1])
+            seen.add(ids[-1])
+        trainer.model.lm_head.weight.data *= 0.8
+    assert {EOS, END} <= seen
+    assert make(tmp_path, teacher_ends=True, stop="token").eos_token_ids == [EOS]
+
+
+def test_what_is_logged_of_a_run(tmp_path):
+    trainer = make(tmp_path, student(0.5), repetition_ngram=2, stop="token", max_steps=2)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    for line in lines:
+        assert line["rollout/truncation_rate"] == line["completions/clipped_ratio"]
+        assert line["rollout/mean_length"] == line["completions/mean_length"]
+        assert 0 <= line["rollout/repetitive_share"] <= 1
+        gap = line["logp/teacher_mean"] - line["logp/student_mean"]
+        assert line["advantage/mean"] == pytest.approx(gap, abs=1e-6)
+        weighted = line["loss/divergence"] + line["loss/golden"] + 0.01 * line["loss/reference_kl"]
+        assert line["loss"] == pytest.approx(weighted, rel=1e-4)
+    assert lines[0]["loss/reference_kl"] == pytest.approx(0, abs=1e-6)
+    assert [seen["step"] for seen in trainer.collapse_alarm.lines] == [1, 2]
+
+
+def test_solutions_that_are_missing_or_too_long_are_left_out(tmp_path):
+    data = rows(4).add_column("s", ["1", None, "123456789", "12"])
+    trainer = make(tmp_path, data=data, solution_column="s")
+    inputs = batch_of(trainer)
+    assert unpadded(inputs, "golden")[1:3] == [(), ()]
+    assert unpadded(inputs, "golden")[3] == (VOCABULARY["1"], VOCABULARY["2"], EOS)
+    assert inputs["num_golden_tokens"] == 5
+    assert trainer._metrics["train"]["golden/share"] == [0.5]
+
+
+def test_an_evaluation_is_the_divergence_alone(tmp_path):
+    settings = {"per_device_eval_batch_size": 16}
+    ours = make(tmp_path / "ours", **settings)
+    theirs = make_plain(tmp_path / "trl", **settings)
+    found = []
+    for trainer in (ours, theirs):
+        torch.manual_seed(9)
+        found.append(trainer.evaluate(rows().remove_columns("solution"))["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    trainer = make(tmp_path)
+    inputs = batch_of(trainer)
+    with torch.no_grad():
+        trainer.teacher_model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="loss/divergence is nan"):
+        trainer.compute_loss(trainer.model, inputs)
+
+
+def one_sentence(error):
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
+
+
+BAD_SOLUTIONS = {
+    "ids without a stop": ([[5, 6], [5, EOS]], "do not end with a stop"),
+    "ids with two stops": ([[5, EOS, EOS], [5, EOS]], "hold one within"),
+    "text with a stop within": (["1<eos>2", "3"], "stands within the solution"),
+    "messages": ([[{"role": "user", "content": "1"}]] * 2, "one assistant message"),
+    "all empty": ([None, None], "is empty in the first 2 rows"),
+    "all too long": (["1" * 8, "2" * 9], "fits into max_completion_length = 8"),
+}
+
+
+@pytest.mark.parametrize(("column", "words"), BAD_SOLUTIONS.values(), ids=BAD_SOLUTIONS)
+def test_golden_solutions_that_cannot_be_used(tmp_path, column, words):
+    import datasets
+
+    data = datasets.Dataset.from_dict({"prompt": ["1+1=", "2+1="], "solution": column})
+    with pytest.raises(DataError) as error:
+        make(tmp_path, data=data)
+    assert words in one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "solution", ["12", [{"role": "assistant", "content": "12"}], [4, 5, EOS]], ids=str
+)
+def test_golden_solutions_in_every_form_are_the_same(tmp_path, solution):
+    import datasets
+
+    data = datasets.Dataset.from_dict({"prompt": ["1+1="], "solution": [solution]})
+    trainer = make(tmp_path, data=data)
+    inputs = batch_of(trainer, 1)
+    assert unpadded(inputs, "golden") == [(4, 5, EOS)]
+
+
+def test_a_missing_golden_column(tmp_path):
+    with pytest.raises(DataError) as error:
+        make(tmp_path, solution_column="worked")
+    assert "no column 'worked'" in one_sentence(error)
+    make(tmp_path, solution_column="worked", lambda_gold=0.0)
+
+
+def test_different_tokenizers(tmp_path):
+    swapped = VOCABULARY | {"0": VOCABULARY["1"], "1": VOCABULARY["0"]}
+    trained = {"args": make(tmp_path).args, "train_dataset": rows()}
+    trained["processing_class"] = make_tokenizer()
+    with pytest.raises(ModelError) as error:
+        StableOPDTrainer(
+            student(), teacher(), teacher_processing_class=make_tokenizer(swapped), **trained
+        )
+    assert "different tokenizers" in one_sentence(error)
+    folder = save_model(tmp_path / "teacher", teacher(), make_tokenizer(swapped))
+    with pytest.raises(ModelError, match="different tokenizers"):
+        StableOPDTrainer(student(), str(folder), **trained)
+    with pytest.raises(ModelError) as error:
+        StableOPDTrainer(student(), teacher(), **trained)
+    assert "teacher_processing_class" in one_sentence(error)
+
+
+IMPOSSIBLE = {
+    "weight": ({"lambda_gold": -1.0}, "lambda_gold must be 0 or more"),
+    "stop": ({"stop": "both"}, "stop must be one of 'event', 'token'"),
+    "action": ({"alarm_action": "rollback"}, "alarm_action must be one of"),
+    "beta": ({"beta": 0.3}, "beta must be 0, 0.5 or 1"),
+    "tools": ({"tools": [sum]}, "tools are not supported"),
+}
+
+
+@pytest.mark.parametrize(("settings", "words"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_settings_that_cannot_be(tmp_path, settings, words):
+    with pytest.raises(ConfigError) as error:
+        make(tmp_path, **settings)
+    assert words in one_sentence(error)
+
+
+def test_plain_arguments_and_no_teacher(tmp_path):
+    with pytest.raises(ConfigError, match="must be a StableOPDConfig"):
+        StableOPDTrainer(student(), teacher(), DistillationConfig(str(tmp_path), use_cpu=True))
+    with pytest.raises(ConfigError, match="needs a teacher_model"):
+        StableOPDTrainer(student(), args=make(tmp_path).args)
+
+
+def test_an_adapter_that_has_been_trained_is_no_initial_student(tmp_path):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(student(), lora)
+    make(tmp_path, adapted)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.add_(1.0)
+    with pytest.raises(ModelError) as error:
+        make(tmp_path, adapted)
+    assert "merge the adapter" in one_sentence(error)
+
+
+def test_defaults_are_those_of_the_method(tmp_path):
+    chosen = objective("stable_opd")
+    settings = make(tmp_path).args
+    for name in ("lambda_gold", "beta_reference", "stop"):
+        assert getattr(settings, name) == getattr(chosen, name)
+    own = {f.name for f in dataclasses.fields(settings)}
+    own -= {f.name for f in dataclasses.fields(DistillationConfig)}
+    assert len(own) == 9
