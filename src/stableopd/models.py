@@ -165,7 +165,8 @@ def require_head(model: Any, role: str, source: str, is_half: bool = False) -> N
             "weights are; use an earlier checkpoint or another dtype."
         )
     parts = head.logits(hidden_states(model, ids_BT, mask_BT)[0]).float()
-    tolerance = HEAD_TOLERANCE.get(None if is_half else model.dtype, HEAD_TOLERANCE_HALF)
+    rounded = torch.bfloat16 if is_half else model.dtype
+    tolerance = HEAD_TOLERANCE.get(rounded, HEAD_TOLERANCE_HALF)
     if not torch.allclose(whole, parts, rtol=tolerance, atol=tolerance * whole.abs().max().item()):
         raise ModelError(
             f"{role}.model = {source!r}: the logits of {type(model).__name__} are not its output "

@@ -118,7 +118,7 @@ class CollapseAlarm(TrainerCallback):
         self._run = self._collector(getattr(args, "max_completion_length", None))
         self.alarm, self.lines, self._waiting = Alarm(), [], None
         for logs in state.log_history:
-            self._hear(args, state, logs["step"], logs)
+            self._hear(args, state, int(logs["step"]), logs)
             self._settle(args, state)
 
     def on_log(

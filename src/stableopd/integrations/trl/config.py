@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trl import DistillationConfig
+from trl import DistillationConfig  # pyright: ignore[reportPrivateImportUsage] (a lazy module)
 
 from stableopd.config import PRESETS, AlarmConfig, DataConfig, ObjectiveConfig, RepetitionConfig
 from stableopd.integrations.trl.alarm import ACTIONS

@@ -14,13 +14,13 @@ Source: arXiv 2604.08527 (golden and reference term), 2609.20511 (stop event), 2
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import AutoTokenizer
-from trl import DistillationTrainer
+from trl import DistillationTrainer  # pyright: ignore[reportPrivateImportUsage] (a lazy module)
 
 from stableopd.config import RepetitionConfig
 from stableopd.diagnostics.evidence import Facts
@@ -62,6 +62,10 @@ class StableOPDTrainer(DistillationTrainer):
         stops: The stop ids of both models, and how they are scored.
         collapse_alarm: The alarm, a callback of this trainer.
     """
+
+    # The declared types leave room for values that neither has once the trainer is made.
+    model: Any
+    accelerator: Any
 
     def __init__(
         self,
@@ -131,7 +135,7 @@ class StableOPDTrainer(DistillationTrainer):
         require_same_tokenizer(us, them)
         num_tokens = shared_vocabulary(us, them)
         self.stops = plan_stops(
-            stop_ids_of(cast(Any, self.model), tokenizer),
+            stop_ids_of(self.model, tokenizer),
             stop_ids_of(teacher, teacher_tokenizer),
             tokenizer.eos_token_id,
             args.stop,
@@ -171,7 +175,7 @@ class StableOPDTrainer(DistillationTrainer):
 
     def _make_reference(self) -> FrozenModel:
         """The initial student: a copy, or with an adapter the base itself."""
-        student: Any = self.model
+        student = self.model
         if not hasattr(student, "disable_adapter"):
             return self._frozen(copy.deepcopy(student).eval().requires_grad_(False))
         ids_BT = torch.arange(1, 9, device=student.device).unsqueeze(0) % self._num_tokens
