@@ -319,3 +319,14 @@ def test_defaults_are_those_of_the_method(tmp_path):
     own = {f.name for f in dataclasses.fields(settings)}
     own -= {f.name for f in dataclasses.fields(DistillationConfig)}
     assert len(own) == 9
+
+
+def test_in_the_precision_that_trl_chooses_by_default(tmp_path):
+    """bfloat16 and gradient checkpointing are TRL's own defaults."""
+    found = []
+    for settings in ({}, {"bf16": True, "gradient_checkpointing": True}):
+        trainer = make(tmp_path, student(0.5), max_steps=1, beta_reference=1.0, **settings)
+        trainer.train()
+        found.append(logged(trainer, "loss/divergence", "loss/golden")[0])
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert found[1] == pytest.approx(found[0], rel=0.05)
