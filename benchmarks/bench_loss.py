@@ -33,7 +33,8 @@ def dense(hidden_ND, weight_VD, other_ND, other_VD, target_N):
 
 def tiled(hidden_ND, weight_VD, other_ND, other_VD, target_N):
     from stableopd.objective.divergence import reverse_kl
-    from stableopd.objective.logprobs import Against, Head, score_tokens
+    from stableopd.objective.heads import Against, Head
+    from stableopd.objective.logprobs import score_tokens
 
     scores = score_tokens(
         hidden_ND,

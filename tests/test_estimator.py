@@ -14,7 +14,8 @@ import torch
 
 from stableopd.objective.advantage import shaped
 from stableopd.objective.divergence import k1, k2, k3, reverse_kl
-from stableopd.objective.logprobs import Against, Head, score_tokens
+from stableopd.objective.heads import Against, Head
+from stableopd.objective.logprobs import score_tokens
 from stableopd.objective.loss import denominator, masked_mean, policy_gradient
 from stableopd.objective.loss import golden_cross_entropy as cross_entropy
 

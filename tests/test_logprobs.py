@@ -9,7 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stableopd.objective.divergence import forward_kl, jensen_shannon, reverse_kl, top_k_overlap
-from stableopd.objective.logprobs import Against, Head, log_distribution, score_tokens
+from stableopd.objective.heads import Against, Head
+from stableopd.objective.logprobs import log_distribution, score_tokens
 
 N, V, D = 7, 9, 4
 STOPS = {1: [5], 2: [5, 2], 3: [7, 0, 5]}

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from stableopd.objective import logprobs
 from step_parts import (
     AGGREGATIONS,
     MAX_LENGTH,
@@ -17,6 +18,15 @@ from step_parts import (
     work,
 )
 from tiny import V
+
+
+@pytest.fixture(autouse=True, params=["chunks", "sweep"])
+def way_of_scoring(request, monkeypatch):
+    """Everything here holds for both ways to score tokens."""
+    if request.param == "sweep":
+        monkeypatch.setattr(logprobs, "SWEEP_VOCABULARY", 0)
+        monkeypatch.setattr(logprobs, "SWEEP_ELEMENTS", 0)
+
 
 # The same mathematics once more: one sequence at a time, unpadded, whole softmax, torch alone.
 

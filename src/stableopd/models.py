@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from stableopd.objective.logprobs import Head
+from stableopd.objective.heads import Head
 from stableopd.types import Batch, ModelError
 
 __all__ = [

@@ -32,12 +32,14 @@ import torch
 from stableopd.config import Config
 from stableopd.doctor.patient import Check, Patient
 from stableopd.models import LanguageModel
-from stableopd.objective.logprobs import CHUNK_ELEMENTS
+from stableopd.objective.logprobs import CHUNK_ELEMENTS, SWEEP_ELEMENTS, SWEEP_VOCABULARY
+from stableopd.objective.sweep import TILE_ELEMENTS, TILE_ELEMENTS_DEVICE
 from stableopd.rollout.stops import Finding
 
 __all__ = ["Estimate", "estimate", "memory", "memory_of_device"]
 
 TILES = 12  # measured in docs/log.md, 2026-11-22: 362 MB at a vocabulary of 151,936, and a teacher
+SWEPT_TILES = 9  # three buffers of each of three heads
 SAMPLED_LOGITS = 4  # scores, their copy in float32, probabilities, the scores kept for log-probs
 FLOAT32 = 4
 PROCESS_BYTES = 0.5e9
@@ -144,11 +146,20 @@ def estimate(
         gradients=trained,
         adamw=2 * trained,
         activations=tokens * kept * (3 if is_mixed else size),
-        tiles=TILES * FLOAT32 * min(CHUNK_ELEMENTS, tokens * vocabulary),
+        tiles=FLOAT32 * _tile_elements(config, tokens, vocabulary, on_cpu),
         cache=2.0 * layers * keys * longest * at_once * size if needs_rollouts else 0.0,
         sampled_logits=SAMPLED_LOGITS * FLOAT32 * at_once * vocabulary if needs_rollouts else 0.0,
         process=PROCESS_BYTES if on_cpu else 0.0,
     )
+
+
+def _tile_elements(config: Config, tokens: int, vocabulary: int, on_cpu: bool) -> int:
+    """Numbers in the tiles of logits while updating, as `score_tokens` chooses its way."""
+    o, num_logits = config.objective, tokens * vocabulary
+    needs_chunks = bool(o.lambda_divergence) and (o.top_k or o.divergence == "jensen_shannon")
+    if needs_chunks or vocabulary < SWEEP_VOCABULARY or num_logits < SWEEP_ELEMENTS:
+        return TILES * min(CHUNK_ELEMENTS, num_logits)
+    return SWEPT_TILES * min(TILE_ELEMENTS if on_cpu else TILE_ELEMENTS_DEVICE, num_logits)
 
 
 def _bytes(parameters: Any) -> float:

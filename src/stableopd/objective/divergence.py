@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "agreement",
+    "detached_reverse_kl",
     "forward_kl",
     "jensen_shannon",
     "k1",
@@ -37,6 +39,19 @@ def reverse_kl(logp_NV: Tensor, other_NV: Tensor) -> Tensor:
         Nats per position, (N,), never negative up to rounding.
     """
     return (logp_NV.exp() * (logp_NV - other_NV)).sum(-1)
+
+
+def detached_reverse_kl(logp_NV: Tensor, other_NV: Tensor) -> Tensor:
+    """`reverse_kl` as a number alone, with no gradient.
+
+    Args:
+        logp_NV: Log-probs of the student, (N, V).
+        other_NV: Log-probs of the teacher or reference, (N, V).
+
+    Returns:
+        Nats per position, (N,).
+    """
+    return reverse_kl(logp_NV.detach(), other_NV.detach())
 
 
 def forward_kl(logp_NV: Tensor, other_NV: Tensor) -> Tensor:
@@ -172,18 +187,33 @@ def top_k_agreement(logp_NV: Tensor, other_NV: Tensor, k: int) -> Tensor:
     """
     k = min(k, logp_NV.shape[-1])
     with torch.no_grad():
-        is_top_NV = torch.zeros_like(logp_NV, dtype=torch.bool)
-        is_top_NV.scatter_(-1, logp_NV.topk(k, dim=-1).indices, True)
-        other_NK, support_NK = other_NV.topk(k, dim=-1)
-        in_both_NK = is_top_NV.gather(-1, support_NK)
-        p_NK, q_NK = (
-            x_NK.masked_fill(~in_both_NK, -math.inf).log_softmax(-1)
-            for x_NK in (logp_NV.gather(-1, support_NK), other_NK)
-        )
-        value_NK = torch.where(in_both_NK, p_NK.exp() * (q_NK - p_NK), 0.0)
-        num_N = in_both_NK.sum(-1)
-        overlap_N = in_both_NK.to(logp_NV.dtype).mean(-1)
-        return torch.stack((overlap_N, value_NK.sum(-1) / num_N.clamp(min=1)), -1)
+        logp_NK, ids_NK = logp_NV.topk(k, dim=-1)
+        other_NK, other_ids_NK = other_NV.topk(k, dim=-1)
+        return agreement(logp_NK, ids_NK, other_NK, other_ids_NK)
+
+
+def agreement(logp_NK: Tensor, ids_NK: Tensor, other_NK: Tensor, other_ids_NK: Tensor) -> Tensor:
+    """`top_k_agreement` of sets that are found already.
+
+    Args:
+        logp_NK: Log-probs of the student's k likeliest tokens, (N, K).
+        ids_NK: Their ids, (N, K).
+        other_NK: Log-probs of the teacher's k likeliest tokens, (N, K).
+        other_ids_NK: Their ids, (N, K).
+
+    Returns:
+        Overlap and advantage, (N, 2); no gradient is meant to pass.
+    """
+    is_same_NKK = other_ids_NK[:, :, None] == ids_NK[:, None, :]
+    in_both_NK = is_same_NKK.any(-1)
+    p_NK, q_NK = (
+        x_NK.masked_fill(~in_both_NK, -math.inf).log_softmax(-1)
+        for x_NK in (logp_NK.gather(-1, is_same_NKK.int().argmax(-1)), other_NK)
+    )
+    value_NK = torch.where(in_both_NK, p_NK.exp() * (q_NK - p_NK), 0.0)
+    num_N = in_both_NK.sum(-1)
+    overlap_N = in_both_NK.to(logp_NK.dtype).mean(-1)
+    return torch.stack((overlap_N, value_NK.sum(-1) / num_N.clamp(min=1)), -1)
 
 
 def top_k_overlap(logp_NV: Tensor, other_NV: Tensor, k: int) -> Tensor:

@@ -1,24 +1,25 @@
-"""From hidden states and an output head to numbers per token, in chunks over the tokens.
+"""From hidden states and an output head to numbers per token.
 
-A (tokens, vocabulary) tensor exists for one chunk at a time: the forward pass drops it and the
-backward pass computes it again. All that needs the whole distribution of a position (log-prob,
-entropy, stop event, divergences to other models) is taken from it in one sweep.
+Small vocabularies, and comparisons that need whole distributions, go in chunks over the tokens: a
+(tokens, vocabulary) tensor exists for one chunk at a time, the forward pass drops it, and the
+backward pass computes it again. Large vocabularies go through `swept.py`, which gives the same
+numbers in less time and memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor
 from torch.utils import checkpoint as recompute
 
+from stableopd.objective.heads import Against, Head
+from stableopd.objective.swept import can_sweep, score_by_sweep
 from stableopd.types import Scores
 
-__all__ = ["Against", "Head", "log_distribution", "score_tokens"]
+__all__ = ["log_distribution", "score_tokens"]
 
 # Log-prob given to the ids that were merged into the stop event. exp() of it is 0 in float32 and
 # float64, and unlike -inf it leaves no 0 * inf behind in a divergence or its gradient.
@@ -29,81 +30,8 @@ NEVER = -1e4
 # tiles broke its heap into pieces, up to the dense formula's peak (benchmarks/bench_loss.py).
 CHUNK_ELEMENTS = 2**23 + 2**18
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output head of a language model.
-
-    logits = cap * tanh(scale * (hidden W^T + bias) / cap), or without the cap where there is none.
-
-    Attributes:
-        weight_VD: Output embedding; the input embedding itself where the two are tied.
-        bias_V: Bias, or None.
-        scale: Factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
-        softcap: Soft cap of the logits (Gemma 2's `final_logit_softcapping`), or None.
-    """
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits of a few positions, in float32 (float64 for float64 weights).
-
-        Args:
-            hidden_ND: Last hidden states, (N, D); carries gradient.
-
-        Returns:
-            Logits, (N, V); gradient reaches the hidden states, the weight and the bias.
-        """
-        if not torch.is_autocast_enabled(hidden_ND.device.type):
-            hidden_ND = hidden_ND.to(self.weight_VD.dtype)
-        logits_NV = F.linear(hidden_ND, self.weight_VD, self.bias_V)
-        if logits_NV.dtype != torch.float64:
-            logits_NV = logits_NV.float()
-        if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
-        if self.softcap is not None:
-            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        return logits_NV
-
-    def restricted_to(self, num_tokens: int) -> Head:
-        """The same head over the first `num_tokens` ids alone (for padded vocabularies).
-
-        Args:
-            num_tokens: Size of the vocabulary that both models share.
-
-        Returns:
-            A head on views of the same parameters; gradient still reaches them.
-
-        Raises:
-            ValueError: The head has fewer rows than that.
-        """
-        if num_tokens > self.weight_VD.shape[0]:
-            raise ValueError(f"the head has {self.weight_VD.shape[0]} rows, not {num_tokens}")
-        bias_V = None if self.bias_V is None else self.bias_V[:num_tokens]
-        return Head(self.weight_VD[:num_tokens], bias_V, self.scale, self.softcap)
-
-
-@dataclass(frozen=True)
-class Against:
-    """Another model at the same positions, to be scored in the same sweep and compared with.
-
-    Attributes:
-        hidden_ND: Hidden states of the other model, (N, D'); no gradient is sent there.
-        head: Its output head.
-        compares: Each takes (logp_NV of the scored model, logp_NV of the other) and gives (N,),
-            or (N, M) for M numbers that are found together.
-        temperature: Temperature of the other model's distribution.
-    """
-
-    hidden_ND: Tensor
-    head: Head
-    compares: tuple[Divergence, ...] = ()
-    temperature: float = 1.0
+# From this vocabulary, and this many logits on, a sweep is faster (benchmarks/bench_loss.py).
+SWEEP_VOCABULARY, SWEEP_ELEMENTS = 4096, 2**20
 
 
 def log_distribution(
@@ -145,9 +73,9 @@ def score_tokens(
     stop_is_event: bool,
     temperature: float = 1.0,
     against: Sequence[Against] = (),
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int = 0,
 ) -> Scores:
-    """Score given tokens: log-prob, entropy, log-prob of stopping, divergences; chunk by chunk.
+    """Score given tokens: log-prob, entropy, log-prob of stopping, divergences.
 
     Args:
         hidden_ND: Hidden states that predict the tokens, (N, D); carries gradient.
@@ -158,13 +86,42 @@ def score_tokens(
             probability is the sum over `stop_ids`, or as that one token.
         temperature: Temperature of the distribution.
         against: Other models to score at the same positions and compare with.
-        chunk_elements: Elements of the largest (tokens, vocabulary) tile.
+        chunk_elements: Elements of the largest (tokens, vocabulary) tile, in chunks always; 0 for
+            the fastest way.
 
     Returns:
         `Scores` with (N,) tensors, in nats; its `others` hold the same for each of `against`, and
         there the comparisons. The scored model's `logp_N` and the comparisons (each decides for
         itself) carry gradient to the scored model; nothing else does.
     """
+    vocabulary = head.weight_VD.shape[0]
+    is_large = vocabulary >= SWEEP_VOCABULARY and target_N.numel() * vocabulary >= SWEEP_ELEMENTS
+    if chunk_elements == 0 and is_large and all(can_sweep(a.compares) for a in against):
+        return score_by_sweep(
+            hidden_ND,
+            head,
+            target_N,
+            stop_ids=stop_ids,
+            stop_is_event=stop_is_event,
+            temperature=temperature,
+            against=against,
+        )
+    chunk = max(1, (chunk_elements or CHUNK_ELEMENTS) // vocabulary)
+    distribution = (stop_ids, stop_is_event, temperature)
+    return _score_in_chunks(hidden_ND, head, target_N, *distribution, against, chunk)
+
+
+def _score_in_chunks(
+    hidden_ND: Tensor,
+    head: Head,
+    target_N: Tensor,
+    stop_ids: Tensor,
+    stop_is_event: bool,
+    temperature: float,
+    against: Sequence[Against],
+    chunk: int,
+) -> Scores:
+    """Score by whole distributions, `chunk` tokens at a time."""
     event_ids = stop_ids if stop_is_event else None
     if stop_is_event:
         target_N = torch.where(torch.isin(target_N, stop_ids), stop_ids[0], target_N)
@@ -181,7 +138,7 @@ def score_tokens(
         return tuple(columns)
 
     inputs = (target_N, hidden_ND, *(a.hidden_ND.detach() for a in against))
-    columns = _in_chunks(dense, inputs, max(1, chunk_elements // head.weight_VD.shape[0]))
+    columns = _in_chunks(dense, inputs, chunk)
     others: list[Scores] = []
     place = 3
     for _, _, compares in models:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stableopd.models import head_of, token_hidden_states
-from stableopd.objective.logprobs import Against, Head
+from stableopd.objective.heads import Against, Head
 from stableopd.types import Batch
 
 __all__ = ["FrozenModel"]

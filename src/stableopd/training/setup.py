@@ -135,7 +135,7 @@ def _prepare(config: Config, resume: bool, accelerator: Accelerator, layout: Lay
         ranks.require_same(_facts(config, read))
     models = share_out(read.models, layout, config.alarm.action == "rollback")
     student, past = models.student, read.past
-    optimizer, scheduler = _optimizer(config, student)
+    optimizer, scheduler = _optimizer(config, student, not ranks.shards)
     start_step, checkpoint = 0, past.checkpoint
     if checkpoint is not None:
         start_step = ranks.together(lambda: load_trainer(checkpoint, optimizer, scheduler))
@@ -322,13 +322,16 @@ def _rank_notes(ranks: Ranks) -> list[str]:
     ]
 
 
-def _optimizer(config: Config, student: LanguageModel) -> tuple[torch.optim.Optimizer, Any]:
+def _optimizer(
+    config: Config, student: LanguageModel, is_fused: bool
+) -> tuple[torch.optim.Optimizer, Any]:
     o = config.optimizer
     optimizer = torch.optim.AdamW(
         [p for p in student.model.parameters() if p.requires_grad],
         lr=o.learning_rate,
         betas=(o.beta1, o.beta2),
         weight_decay=o.weight_decay,
+        fused=is_fused,  # one pass over the weights and their states instead of ten
     )
     name = "constant_with_warmup" if o.schedule == "constant" else o.schedule
     scheduler = transformers.get_scheduler(

@@ -16,7 +16,8 @@ from torch import Tensor
 from stableopd.config import ObjectiveConfig
 from stableopd.models import head_of, token_hidden_states
 from stableopd.objective import advantage, divergence, loss
-from stableopd.objective.logprobs import Against, Head, score_tokens
+from stableopd.objective.heads import Against, Head
+from stableopd.objective.logprobs import score_tokens
 from stableopd.teacher.local import FrozenModel
 from stableopd.types import Batch, Rollout, Scores, Sequence, StopReason, TrainingError
 
@@ -279,17 +280,13 @@ def _teacher_compares(objective: ObjectiveConfig) -> list[Callable[[Tensor, Tens
         functools.partial(divergence.top_k_agreement, k=OVERLAP_K)
     ]
     if objective.baseline == "kl":
-        compares.append(_detached_reverse_kl)
+        compares.append(divergence.detached_reverse_kl)
     if objective.lambda_divergence:
         chosen = DIVERGENCES[objective.divergence]
         if objective.top_k:
             chosen = functools.partial(divergence.on_top_k, chosen, k=objective.top_k)
         compares.append(chosen)
     return compares
-
-
-def _detached_reverse_kl(logp_NV: Tensor, other_NV: Tensor) -> Tensor:
-    return divergence.reverse_kl(logp_NV.detach(), other_NV)
 
 
 def _reference_value(kind: str, logp_N: Tensor, reference: Scores) -> Tensor:

@@ -38,7 +38,8 @@ from stableopd.models import (
     token_hidden_states,
 )
 from stableopd.objective.divergence import forward_kl, jensen_shannon, reverse_kl
-from stableopd.objective.logprobs import Against, score_tokens
+from stableopd.objective.heads import Against
+from stableopd.objective.logprobs import score_tokens
 from stableopd.objective.loss import golden_cross_entropy, masked_mean
 from stableopd.rollout.stops import plan_stops, stop_ids_of
 from stableopd.teacher.local import FrozenModel
