@@ -100,7 +100,8 @@ class ObjectiveConfig:
     first_n: int = 0  # credit for the first N tokens alone (2602.15260); 0: all
     prefix_gain: float = 0.0  # g of the prefix weights (2606.22600, which uses 0.5)
     mask_truncated: bool = False  # leave rollouts that were cut off out of the policy term
-    clip: float | None = None  # paper: eps 0.2; acts only with several updates per batch
+    clip: float | None = None  # paper: eps 0.2; acts only with several updates per batch,
+    # where our sweep (docs/results.md, "Defaults") is flat from .1 to .4 for StableOPD.
     updates_per_batch: int = 1  # paper
     aggregation: str = "sequence"  # paper: the mean over rollouts of per-rollout means
     # The divergence term of gkd.
@@ -110,7 +111,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = 1e-6  # paper
+    learning_rate: float = 1e-6  # paper; our sweep is of models a thousand times smaller
     schedule: str = "constant"
     warmup_steps: int = 0  # as transformers counts them: the first step's rate is 0
     grad_clip: float = 1.0
