@@ -229,6 +229,10 @@ class TestMemory:
         assert e.sampled_logits == 4 * 6 * V * 4
         assert e.held == e.process + 4 * weights + e.teacher
         assert e.peak == e.held + e.gradients + e.activations + e.tiles
+        mixed = memory.estimate(config, case.student, case.teacher, 5, True, False)
+        assert (e.copies, mixed.copies) == (0, weights / 2)
+        assert mixed.held == 4 * weights + e.teacher + weights / 2
+        assert mixed.cache == 2 * 2 * 16 * 25 * 6 * 3
         checkpointed = parsed(
             rollout={"prompts_per_step": 2, "rollouts_per_prompt": 3, "max_new_tokens": 20},
             student={"gradient_checkpointing": True},
@@ -265,6 +269,24 @@ class TestMemory:
         e = memory.estimate(config, student, None, 10, False, True)
         assert hidden.requires_grad
         assert 0.9 < e.activations / sum(kept.values()) < 1.2
+
+    def test_autocast_keeps_copies(self):
+        """Every matrix that is multiplied with is kept in bfloat16 for the backward pass."""
+        model = make_llama(0, 64)
+        sizes = {p.numel() for p in model.parameters() if p.dim() == 2}
+        kept: dict[int, int] = {}
+
+        def pack(tensor):
+            if tensor.dtype == torch.bfloat16 and tensor.numel() in sizes:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with torch.autocast("cpu", torch.bfloat16), hooks:
+            loss = model(input_ids=torch.randint(V, (1, 7))).logits.sum()
+        assert loss.requires_grad
+        matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+        assert sum(kept.values()) == 2 * (matrices - model.model.embed_tokens.weight.numel())
 
     def test_levels(self):
         case = patient(parsed(rollout={"max_new_tokens": 8}), [(3,) * 4])

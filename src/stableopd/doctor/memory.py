@@ -5,20 +5,23 @@ With P the parameters of a model, s the bytes of one of its weights, and P_t tho
     student, teacher, reference  P s each; no reference without its term, or with an adapter
     gradients                    P_t s
     AdamW                        2 P_t s
+    copies                       2 P of the student where bfloat16 and float32 are mixed
     activations                  N layers (10 D + 4 F + 2 kv) a, of one micro-batch of N tokens
                                  (N D a layers plus one layer's, with gradient checkpointing)
     logits while updating        12 tiles of at most 8.65 million float32 numbers
-    key-value cache              2 layers kv (prompt + budget) rows s
+    key-value cache              2 layers kv (prompt + budget) rows a
     logits while sampling        4 rows V float32 numbers
 
 D is the width, F the width of the feed-forward layer, kv that of the keys, V the vocabulary; a the
-bytes of an activation: s, or 3 where bfloat16 and float32 are mixed. N is the larger of
-`optimizer.micro_batch_tokens` and the longest sequence, but no more than a step has; rows are the
-rollouts that are generated at once. Ten D and four F are what a Llama-shaped layer keeps for its
-backward pass: two residual streams, two norms with their scaled outputs, queries, attention's
-output twice; gate, its activation, up, and their product. Sampling and updating follow each other,
-so that the peak is models and AdamW plus the larger of the two phases. What Python and torch take
-by themselves (0.4 to 0.5 GB measured with the CPU build) is added on a CPU alone.
+bytes of an activation: s, or 3 where bfloat16 and float32 are mixed (keys are float32 there, values
+bfloat16). The copies are the weights as autocast casts them: it keeps them to the end of a pass,
+and the backward pass needs them. N is the larger of `optimizer.micro_batch_tokens` and the longest
+sequence, but no more than a step has; rows are the rollouts that are generated at once. Ten D and
+four F are what a Llama-shaped layer keeps for its backward pass: two residual streams, two norms
+with their scaled outputs, queries, attention's output twice; gate, its activation, up, and their
+product. Sampling and updating follow each other, so that the peak is models, AdamW and copies plus
+the larger of the two phases. What Python and torch take by themselves (0.4 to 0.5 GB measured with
+the CPU build) is added on a CPU alone.
 """
 
 from __future__ import annotations
@@ -36,12 +39,14 @@ from stableopd.objective.logprobs import CHUNK_ELEMENTS, SWEEP_ELEMENTS, SWEEP_V
 from stableopd.objective.sweep import TILE_ELEMENTS, TILE_ELEMENTS_DEVICE
 from stableopd.rollout.stops import Finding
 
-__all__ = ["Estimate", "estimate", "memory", "memory_of_device"]
+__all__ = ["Estimate", "estimate", "kept_per_token", "memory", "memory_of_device"]
 
 TILES = 12  # measured in docs/log.md, 2026-11-22: 362 MB at a vocabulary of 151,936, and a teacher
 SWEPT_TILES = 9  # three buffers of each of three heads
 SAMPLED_LOGITS = 4  # scores, their copy in float32, probabilities, the scores kept for log-probs
 FLOAT32 = 4
+BFLOAT16 = 2
+MIXED = 3  # an activation under autocast: about half are float32, half bfloat16
 PROCESS_BYTES = 0.5e9
 SHOWN_BYTES = 5e6  # smaller parts would be shown as 0.00 GB
 TIGHT = 0.85  # design: beyond, fragments and the rest of the machine may not fit
@@ -57,6 +62,7 @@ class Estimate:
         reference: Weights of the reference.
         gradients: Gradients of what is trained.
         adamw: The optimizer's two states.
+        copies: The student's weights in bfloat16, where autocast makes these.
         activations: What one micro-batch keeps for its backward pass.
         tiles: Tiles of logits while updating.
         cache: Keys and values while sampling.
@@ -69,6 +75,7 @@ class Estimate:
     reference: float
     gradients: float
     adamw: float
+    copies: float
     activations: float
     tiles: float
     cache: float
@@ -78,7 +85,8 @@ class Estimate:
     @property
     def held(self) -> float:
         """What is there all the time."""
-        return self.process + self.student + self.teacher + self.reference + self.adamw
+        models = self.student + self.teacher + self.reference
+        return self.process + models + self.adamw + self.copies
 
     @property
     def updating(self) -> float:
@@ -132,10 +140,9 @@ def estimate(
     rows = r.prompts_per_step * r.rollouts_per_prompt
     longest = prompt_tokens + r.max_new_tokens
     tokens = min(max(config.optimizer.micro_batch_tokens, longest), rows * longest)
-    per_layer = 10 * width + 4 * forward * experts + 2 * keys
-    kept = layers * per_layer
-    if config.student.gradient_checkpointing:
-        kept = layers * width + per_layer
+    checkpoints = config.student.gradient_checkpointing
+    kept = kept_per_token(layers, width, forward * experts, keys, checkpoints)
+    activation = MIXED if is_mixed else size
     vocabulary = student.model.get_output_embeddings().weight.shape[0]
     at_once = min(r.batch_size or rows, rows)
     needs_rollouts = bool(o.lambda_policy or o.lambda_divergence or o.beta_reference)
@@ -145,9 +152,10 @@ def estimate(
         reference=weights if has_reference else 0.0,
         gradients=trained,
         adamw=2 * trained,
-        activations=tokens * kept * (3 if is_mixed else size),
-        tiles=FLOAT32 * _tile_elements(config, tokens, vocabulary, on_cpu),
-        cache=2.0 * layers * keys * longest * at_once * size if needs_rollouts else 0.0,
+        copies=BFLOAT16 * _count(student.model.parameters()) if is_mixed else 0.0,
+        activations=float(tokens * kept * activation),
+        tiles=float(FLOAT32 * _tile_elements(config, tokens, vocabulary, on_cpu)),
+        cache=2.0 * layers * keys * longest * at_once * activation if needs_rollouts else 0.0,
         sampled_logits=SAMPLED_LOGITS * FLOAT32 * at_once * vocabulary if needs_rollouts else 0.0,
         process=PROCESS_BYTES if on_cpu else 0.0,
     )
@@ -162,8 +170,29 @@ def _tile_elements(config: Config, tokens: int, vocabulary: int, on_cpu: bool) -
     return SWEPT_TILES * min(TILE_ELEMENTS if on_cpu else TILE_ELEMENTS_DEVICE, num_logits)
 
 
+def kept_per_token(layers: int, width: int, forward: int, keys: int, checkpoints: bool) -> int:
+    """Numbers that a model keeps for its backward pass.
+
+    Args:
+        layers: How many layers it has.
+        width: Width of the model.
+        forward: Width of the feed-forward layer, of all experts that a token goes through.
+        keys: Width of the keys.
+        checkpoints: Whether layers are computed again, all but their input.
+
+    Returns:
+        Activations per token; see the head of this file.
+    """
+    per_layer = 10 * width + 4 * forward + 2 * keys
+    return layers * width + per_layer if checkpoints else layers * per_layer
+
+
 def _bytes(parameters: Any) -> float:
     return float(sum(p.numel() * p.element_size() for p in parameters))
+
+
+def _count(parameters: Any) -> float:
+    return float(sum(p.numel() for p in parameters))
 
 
 def memory_of_device(device: torch.device) -> float:
@@ -210,7 +239,7 @@ def memory(patient: Patient, available: float) -> Check:
     numbers |= {"peak_bytes": e.peak, "available_bytes": available}
     r = config.rollout
     models = [("student", e.student), ("teacher", e.teacher), ("reference", e.reference)]
-    held = [*models, ("AdamW", e.adamw), ("process", e.process)]
+    held = [*models, ("AdamW", e.adamw), ("copies", e.copies), ("process", e.process)]
     phase = [("gradients", e.gradients), ("activations", e.activations), ("logits", e.tiles)]
     where = "updating"
     if e.sampling > e.updating:
