@@ -3,25 +3,26 @@
     python benchmarks/bench_loss.py
 
 Both sides compute log-probs of the tokens and the exact KL(student || reference) from the same
-hidden states and heads, and their gradients; the values are compared before any time is taken. Each
-measurement runs in a process of its own, so that its peak memory is its own; tiled and dense
-alternate. Memory is the peak of the process above its level before the loss, hidden states and
-heads (with their gradients) left out.
+hidden states and heads, and their gradients; the values are compared before any time is shown.
+Memory is the peak of the process above its level before the loss, hidden states and heads (with
+their gradients) left out.
 """
 
 from __future__ import annotations
 
-import json
-import resource
 import statistics
-import subprocess
-import sys
-import time
+from typing import Any
 
 import torch
 
-WIDTH, RUNS = 64, 5
-SIZES = [(1024, 8_192), (1024, 32_768), (1024, 151_936), (256, 32_768), (4096, 32_768)]
+import common
+from common import Clock, Memory, of, spread
+
+WIDTH, AGREEMENT = 64, 1e-4
+VOCABULARIES = (8_192, 32_768, 151_936, 262_144)
+TOKENS = (256, 1_024, 8_192)
+# "Flat": at the largest vocabulary at most this many times the memory of the smallest.
+FLAT = 1.25
 
 
 def dense(hidden_ND, weight_VD, other_ND, other_VD, target_N):
@@ -47,70 +48,81 @@ def tiled(hidden_ND, weight_VD, other_ND, other_VD, target_N):
     return scores.logp_N, scores.others[0].comparisons[0]
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def measure(side: str, num_tokens: int, vocabulary: int) -> None:
+def compute(spec: dict[str, Any]) -> dict[str, float]:
+    num_tokens, vocabulary = spec["tokens"], spec["vocabulary"]
     torch.manual_seed(0)
     hidden_ND = torch.randn(num_tokens, WIDTH, requires_grad=True)
     weight_VD = (torch.randn(vocabulary, WIDTH) / 8).requires_grad_()
     other_ND, other_VD = torch.randn(num_tokens, WIDTH), torch.randn(vocabulary, WIDTH) / 8
     target_N = torch.randint(vocabulary, (num_tokens,))
-    function = {"dense": dense, "tiled": tiled}[side]
+    function = {"dense": dense, "tiled": tiled}[spec["side"]]
     function(hidden_ND[:2], weight_VD, other_ND[:2], other_VD, target_N[:2])  # imports, warm-up
     hidden_ND.grad, weight_VD.grad = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
-    before, start = peak_mb(), time.process_time()
+    memory, start = Memory(), Clock.now()
     logp_N, kl_N = function(hidden_ND, weight_VD, other_ND, other_VD, target_N)
     loss = kl_N.mean() - logp_N.mean()
     loss.backward()
-    print(
-        json.dumps(
-            {
-                "cpu_s": time.process_time() - start,
-                "peak_mb": peak_mb() - before,
-                "loss": loss.item(),
-                "gradient": hidden_ND.grad.norm().item(),
-            }
-        )
-    )
+    seconds = Clock.now().since(start)
+    found = {"loss": loss.item(), "gradient": hidden_ND.grad.norm().item()}
+    return {**seconds, **memory.grown(), **found}
 
 
-def run(side: str, num_tokens: int, vocabulary: int) -> dict[str, float]:
-    command = [sys.executable, __file__, side, str(num_tokens), str(vocabulary)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+def compare(options: common.Options, num_tokens: int, vocabulary: int) -> list[float]:
+    """Print a row; the memory of the tiled side in MB, run by run."""
+    spec = {"tokens": num_tokens, "vocabulary": vocabulary}
+    sides = {side: spec | {"side": side} for side in ("tiled", "dense")}
+    found = common.alternate(__file__, sides, options.runs)
+    for key in ("loss", "gradient"):
+        values = (of(found[side], key) for side in sides)
+        common.require_close(f"the {key}", *values, AGREEMENT)
+    cells = [
+        spread(of(found[side], key), digits)
+        for key, digits in (("cpu_s", 2), ("memory_mb", 0))
+        for side in sides
+    ]
+    print(f"| {num_tokens:,} | {vocabulary:,} | " + " | ".join(cells) + " |", flush=True)
+    return of(found["tiled"], "memory_mb")
 
 
 def main() -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, width {WIDTH}")
-    print(f"medians of {RUNS} runs (lowest-highest)")
+    options = common.options(__doc__, minutes=4)
+    vocabularies = options.choose(VOCABULARIES, (256, 1_024))
+    tokens = options.choose(TOKENS, (16, 64))
+    middle = options.choose((1_024, 32_768), (16, 256))
+    print(f"\nfloat32, width {WIDTH}\n")
     print("| tokens | vocabulary | tiled, CPU s | dense, CPU s | tiled, MB | dense, MB |")
     print("|---|---|---|---|---|---|")
-    for num_tokens, vocabulary in SIZES:
-        results = {"tiled": [], "dense": []}
-        for _ in range(RUNS):
-            for side, found in results.items():
-                found.append(run(side, num_tokens, vocabulary))
-        for key in ("loss", "gradient"):
-            a, b = results["tiled"][0][key], results["dense"][0][key]
-            if abs(a - b) > 1e-4 * abs(b):
-                sys.exit(f"the two sides disagree on the {key}: {a} and {b}")
-        cells = [
-            spread([r[key] for r in results[side]], digits)
-            for key, digits in (("cpu_s", 2), ("peak_mb", 0))
-            for side in ("tiled", "dense")
-        ]
-        print(f"| {num_tokens} | {vocabulary:,} | " + " | ".join(cells) + " |", flush=True)
-
-
-def spread(values: list[float], digits: int) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    sizes = [(middle[0], v) for v in vocabularies] + [(t, middle[1]) for t in tokens]
+    memory = {size: compare(options, *size) for size in sorted(set(sizes))}
+    print("\n| what | quantity | largest | smallest | largest / smallest | target | met |")
+    print("|---|---|---|---|---|---|---|")
+    for what, quantity, first, last, target in (
+        (
+            f"loss in tiles, {middle[0]:,} tokens",
+            f"MB, V from {vocabularies[0]:,} to {vocabularies[-1]:,}",
+            memory[middle[0], vocabularies[0]],
+            memory[middle[0], vocabularies[-1]],
+            FLAT,
+        ),
+        (
+            f"loss in tiles, V = {middle[1]:,}",
+            f"MB, tokens from {tokens[0]:,} to {tokens[-1]:,}",
+            memory[tokens[0], middle[1]],
+            memory[tokens[-1], middle[1]],
+            tokens[-1] / tokens[0],
+        ),
+    ):
+        print(common.Row(what, quantity, last, first, 1, target).markdown())
+    middles = [statistics.median(memory[t, middle[1]]) for t in (tokens[0], tokens[-1])]
+    per_token = (middles[1] - middles[0]) * 1e3 / (tokens[-1] - tokens[0])
+    print(
+        f"\nA token more takes {per_token:.1f} kB; in the dense formula each matrix of logits "
+        f"takes {middle[1] * 4 / 1e3:.0f} kB of it."
+    )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    if common.is_measurement():
+        common.answer(compute)
     else:
         main()
