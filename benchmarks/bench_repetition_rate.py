@@ -11,23 +11,23 @@ have nothing else to do.
 from __future__ import annotations
 
 import os
-import platform
-import statistics
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+import common
+from common import spread
 from stableopd.diagnostics.repetition import repetition_flags
 
-WINDOW, RATIO, RUNS, NUM_TEXTS = 10_000, 10.0, 9, 1_000
+WINDOW, RATIO, NUM_TEXTS = 10_000, 10.0, 1_000
 TEXT = "so we get the sum of all x and y is 12 = 3 * 4 because it was given that n = 7"
 
 
-def make_texts(kind: str) -> list[str]:
+def make_texts(kind: str, count: int) -> list[str]:
     rng, vocabulary, texts = np.random.default_rng(0), TEXT.split(), []
-    for number in range(NUM_TEXTS):
+    for number in range(count):
         size = int(rng.integers(4_500, 9_000))
         words = [vocabulary[i] for i in rng.integers(0, len(vocabulary), size)]
         # Loops in pairs, so that every thread of the baseline gets as many of either kind.
@@ -53,22 +53,25 @@ def bare(windows: list[bytes], threads: int) -> list[bool]:
 
 
 def main() -> None:
+    options = common.options(__doc__, minutes=0.4)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{platform.processor() or platform.machine()}, {cores} cores, load", end=" ")
-    print(f"{os.getloadavg()[0]:.1f}, Python {platform.python_version()}", end=", ")
-    print(f"zlib {zlib.ZLIB_RUNTIME_VERSION}, L = {WINDOW:,}, {NUM_TEXTS:,} texts")
-    print(f"million characters of windows per second, medians of {RUNS} runs (lowest-highest)")
+    count = options.choose(NUM_TEXTS, 4)
+    print(f"\nzlib {zlib.ZLIB_RUNTIME_VERSION}, L = {WINDOW:,}, {count:,} texts;", end=" ")
+    print("million characters of windows per second\n")
     print("| texts | threads | flags | bare zlib | flags / bare, run by run | the same, CPU time |")
     print("|---|---|---|---|---|---|")
     for kind in ("regular", "loops", "both"):
-        texts = make_texts(kind)
+        texts = make_texts(kind, count)
         for threads in sorted({1, cores or 1}):
             print(
-                f"| {kind} | {threads} | " + " | ".join(compare(texts, threads)) + " |", flush=True
+                f"| {kind} | {threads} | "
+                + " | ".join(compare(texts, threads, options.runs))
+                + " |",
+                flush=True,
             )
 
 
-def compare(texts: list[str], threads: int) -> list[str]:
+def compare(texts: list[str], threads: int, runs: int) -> list[str]:
     windows = [text[-WINDOW:].encode() for text in texts]
     sides = {
         "flags": lambda: repetition_flags(texts, WINDOW, RATIO, threads).tolist(),
@@ -77,24 +80,19 @@ def compare(texts: list[str], threads: int) -> list[str]:
     if sides["flags"]() != sides["bare"]():
         raise SystemExit("the two sides disagree")
     wall, cpu = {"flags": [], "bare": []}, {"flags": [], "bare": []}
-    for _ in range(RUNS):
+    for _ in range(runs):
         for side, run in sides.items():
             start, start_cpu = time.perf_counter(), time.process_time()
             run()
             wall[side].append(time.perf_counter() - start)
             cpu[side].append(time.process_time() - start_cpu)
     return [
-        *(spread([NUM_TEXTS * WINDOW / s / 1e6 for s in wall[side]], 0) for side in sides),
+        *(spread([len(texts) * WINDOW / s / 1e6 for s in wall[side]], 0) for side in sides),
         *(
             spread([a / b for a, b in zip(times["bare"], times["flags"], strict=True)], 2)
             for times in (wall, cpu)
         ),
     ]
-
-
-def spread(values: list[float], digits: int) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -11,16 +11,15 @@ CPU time of the process.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 
 import numpy as np
 
+import common
 from stableopd.diagnostics.repetition import label_rows
 
-NGRAM, RUNS, NUM_TOKENS = 8, 7, 2**17
+NGRAM, NUM_TOKENS = 8, 2**17
 VOCABULARIES, LENGTHS = (32_768, 151_936), (96, 1_024, 4_096, 16_384)
 
 
@@ -52,12 +51,12 @@ def by_ranks(rows):
 SIDES = {"labels": lambda rows: label_rows(rows, NGRAM), "ranks": by_ranks, "sets": by_sets}
 
 
-def make_rows(kind: str, vocabulary: int, length: int) -> list[np.ndarray]:
+def make_rows(kind: str, vocabulary: int, length: int, size: int) -> list[np.ndarray]:
     rng = np.random.default_rng(length)
     shares = 1 / np.arange(10, vocabulary + 10)
     ids = rng.permutation(vocabulary)
     rows = []
-    for _ in range(NUM_TOKENS // length):
+    for _ in range(size // length):
         row = ids[rng.choice(vocabulary, length, p=shares / shares.sum())]
         if kind == "loop":
             lead, period = length // 3, int(rng.integers(10, min(200, length // 4)))
@@ -67,17 +66,18 @@ def make_rows(kind: str, vocabulary: int, length: int) -> list[np.ndarray]:
 
 
 def main() -> None:
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load", end=" ")
-    print(f"{os.getloadavg()[0]:.1f}, Python {platform.python_version()}, numpy {np.__version__}")
-    print(f"million tokens per CPU second, medians of {RUNS} runs (lowest-highest)")
+    options = common.options(__doc__, minutes=0.4)
+    lengths = options.choose(LENGTHS, LENGTHS[:1])
+    size = options.choose(NUM_TOKENS, 2 * LENGTHS[0])
+    print("\nmillion tokens per CPU second\n")
     print("| vocabulary | length | rollouts | labels | ranks | sets | to ranks | to sets |")
     print("|---|---|---|---|---|---|---|---|")
     for vocabulary in VOCABULARIES:
-        for length in LENGTHS:
+        for length in lengths:
             for kind in ("text", "loop"):
-                rows = make_rows(kind, vocabulary, length)
+                rows = make_rows(kind, vocabulary, length, size)
                 compare(rows)
-                speeds = measure(rows)
+                speeds = measure(rows, options.runs)
                 middle = {side: statistics.median(found) for side, found in speeds.items()}
                 cells = [
                     f"{middle[side]:.1f} ({min(found):.1f}-{max(found):.1f})"
@@ -94,10 +94,10 @@ def compare(rows: list[np.ndarray]) -> None:
             raise SystemExit(f"{side} and sets disagree")
 
 
-def measure(rows: list[np.ndarray]) -> dict[str, list[float]]:
+def measure(rows: list[np.ndarray], runs: int) -> dict[str, list[float]]:
     size = sum(len(row) for row in rows)
     speeds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for _ in range(RUNS):
+    for _ in range(runs):
         for side, label in SIDES.items():
             start = time.process_time()
             label(rows)
