@@ -11,7 +11,7 @@ help:
 	@echo "make demo    OPD collapses, StableOPD does not: both, live, in a minute or two"
 	@echo "make test    the tests;  make lint, make types: the other checks"
 	@echo "make verl    the tests inside verl, in an environment of their own (.venv-verl, 2 GB)"
-	@echo "make bench   the benchmarks;  make smollm2: the recipe with a real language model"
+	@echo "make bench   the benchmarks beside TRL, in .venv-bench: 45 minutes;  make smollm2: the recipe with a real language model"
 	@echo "make reproduce   every run behind docs/results.md, and the page: 2.5 hours, resumable"
 
 $(VENV)/.base: requirements/base.txt pyproject.toml
@@ -59,8 +59,19 @@ format: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(PY) -m pyright
 
-bench: $(VENV)/.dev
-	for script in benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
+# The benchmarks and their peers under one build of torch; STABLEOPD_BENCH_PYTHON names another one.
+BENCH_PY  := $(or $(STABLEOPD_BENCH_PYTHON),.venv-bench/bin/python)
+BENCH_PIP := .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check
+
+.venv-bench/.done: requirements/bench.txt requirements/base.txt pyproject.toml
+	test -x .venv-bench/bin/python || python3 -m venv .venv-bench
+	.venv-bench/bin/python -c "import torch" 2>/dev/null || $(BENCH_PIP) $(TORCH)
+	$(BENCH_PIP) --no-deps -r requirements/bench.txt
+	$(BENCH_PIP) --no-deps --editable .
+	touch $@
+
+bench: $(if $(STABLEOPD_BENCH_PYTHON),,.venv-bench/.done)
+	OMP_NUM_THREADS=1 $(BENCH_PY) benchmarks/report.py $(BENCH_FLAGS)
 
 # Every run behind docs/results.md: what is done is skipped, and what was interrupted goes on.
 CURE := recipes/collapse-and-cure
@@ -94,5 +105,5 @@ wheel: $(VENV)/.dev
 	$(PY) -m build --wheel --outdir dist
 
 clean:
-	rm -rf $(VENV) .venv-verl dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-verl .venv-bench dist build .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
