@@ -52,6 +52,7 @@ class Options:
 
 def options(doc: str | None, minutes: float) -> Options:
     """Read the command line, and print what is measured where and how long it may take."""
+    _use_wanted_python()
     text = (doc or "").strip()
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,7 +73,15 @@ def options(doc: str | None, minutes: float) -> Options:
 
 def python() -> str:
     """The interpreter of the measurements, in whose environment both sides are installed."""
-    return os.environ.get("STABLEOPD_BENCH_PYTHON", sys.executable)
+    return sys.executable
+
+
+def _use_wanted_python() -> None:
+    """Start again under STABLEOPD_BENCH_PYTHON, so that the versions printed are those measured."""
+    wanted = os.environ.get("STABLEOPD_BENCH_PYTHON")
+    # Not resolved: the interpreters of all environments link to one file.
+    if wanted and os.path.abspath(wanted) != os.path.abspath(sys.executable):
+        os.execv(wanted, [wanted, *sys.argv])
 
 
 def num_threads() -> int:
