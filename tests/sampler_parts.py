@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from stableopd.rollout import sampler as sampler_module
+from stableopd.rollout import decoding
 from stableopd.rollout.sampler import TransformersSampler
 from stableopd.types import Rollout
 
@@ -56,8 +56,10 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler_module, "SEGMENT_TOKENS", 3)
+def early_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows leave the batch as soon as they have stopped; the cache's room is used up often."""
+    monkeypatch.setattr(decoding, "WASTE", 0)
+    monkeypatch.setattr(decoding, "ROOM", 3)
 
 
 @torch.no_grad()

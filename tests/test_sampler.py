@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 import sampler_parts
 from sampler_parts import RAGGED, LetterTokenizer, V, dense_logps, make, next_probs, tiny_llama
-from stableopd.rollout import sampler as sampler_module
+from stableopd.rollout import decoding
 from stableopd.rollout.sampler import TransformersSampler
-from stableopd.types import DataError, ModelError, SamplingSettings, StopReason
+from stableopd.types import DataError, ModelError, SamplingSettings, StopReason, TrainingError
 
-model, short_segments = sampler_parts.model, sampler_parts.short_segments  # fixtures
+model, early_leave = sampler_parts.model, sampler_parts.early_leave  # fixtures
+
+
+@contextmanager
+def widths_of(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Collects how many rows each forward pass has."""
+    widths: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    yield widths
+    handle.remove()
 
 
 @torch.no_grad()
@@ -31,10 +52,11 @@ def greedy(
     return tuple(ids[len(prompt) :])
 
 
-@pytest.mark.parametrize("segment", [1, 3, 32])
+@pytest.mark.parametrize(("waste", "room"), [(0, 1), (0.25, 64), (math.inf, 5)])
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_greedy_agrees_token_by_token(monkeypatch, segment, seed):
-    monkeypatch.setattr(sampler_module, "SEGMENT_TOKENS", segment)
+def test_greedy_agrees_token_by_token(monkeypatch, waste, room, seed):
+    monkeypatch.setattr(decoding, "WASTE", waste)
+    monkeypatch.setattr(decoding, "ROOM", room)
     model, stops = tiny_llama(seed), (2, 9, 11)
     prompts = [*RAGGED, *((f"one{i}", (i,)) for i in range(V))]
     rollouts = make(model, stops).sample(prompts, 1, SamplingSettings(20, 0.0), seed=0)
@@ -52,8 +74,8 @@ def test_greedy_agrees_token_by_token(monkeypatch, segment, seed):
     assert StopReason.STOP in reasons
 
 
-def test_greedy_with_a_sliding_window_goes_through_the_cache_of_the_window(monkeypatch):
-    monkeypatch.setattr(sampler_module, "SEGMENT_TOKENS", 4)
+@pytest.mark.usefixtures("early_leave")
+def test_greedy_with_a_sliding_window_goes_through_the_cache_of_the_window():
     torch.manual_seed(3)
     model = MistralForCausalLM(
         MistralConfig(
@@ -72,51 +94,109 @@ def test_greedy_with_a_sliding_window_goes_through_the_cache_of_the_window(monke
     with torch.no_grad():
         model.lm_head.weight.mul_(12)
     prompts = [*RAGGED, *((f"one{i}", (i,)) for i in range(V))]
-    sampler = make(model, (2, 9))
-    rollouts = sampler.sample(prompts, 1, SamplingSettings(16, 0.0), seed=0)
-    assert sampler._drops_rows is True
+    with widths_of(model) as widths:
+        rollouts = make(model, (2, 9)).sample(prompts, 1, SamplingSettings(16, 0.0), seed=0)
+    assert widths[-1] < widths[0] == len(prompts)
     for (_, prompt), rollout in zip(prompts, rollouts, strict=True):
         assert rollout.completion_ids == greedy(model, prompt, (2, 9), 16)
         assert rollout.sampler_logps == pytest.approx(dense_logps(model, rollout, V), abs=1e-4)
     assert len({len(r.completion_ids) for r in rollouts}) > 2
 
 
-def test_rows_that_stopped_leave_the_batch(monkeypatch, model):
-    monkeypatch.setattr(sampler_module, "SEGMENT_TOKENS", 2)
-    widths: list[int] = []
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+@pytest.mark.parametrize("waste", [0, 0.25, 2])
+def test_rows_that_stopped_leave_the_batch(monkeypatch, model, waste):
+    monkeypatch.setattr(decoding, "WASTE", waste)
+    with widths_of(model) as widths:
+        rollouts = make(model, (2, 9)).sample(RAGGED, 8, SamplingSettings(30, 1.5), seed=1)
+    lengths = [len(r.completion_ids) for r in rollouts]
+    assert min(lengths) < max(lengths)
+    # The prompts are read once; then step t computes the rows that were there when, last, the
+    # tokens computed in vain reached the share of those that went on.
+    expected, there, wasted = [len(RAGGED)], 24, 0
+    for step in range(1, max(lengths)):
+        going = sum(length > step for length in lengths)
+        wasted += there - going
+        if going < there and wasted >= waste * going:
+            there, wasted = going, 0
+        expected.append(there)
+    assert widths == expected
+
+
+def test_no_rollout_depends_on_which_rows_have_left(monkeypatch, model):
+    settings, found = SamplingSettings(30, 1.5), []
+    for waste in (0, 1, math.inf):
+        monkeypatch.setattr(decoding, "WASTE", waste)
+        found.append(make(model, (2, 9)).sample(RAGGED, 8, settings, seed=1))
+    for other in found[1:]:
+        assert [r.completion_ids for r in other] == [r.completion_ids for r in found[0]]
+
+
+def test_drawn_tokens_are_looked_at_rarely_where_a_look_waits(monkeypatch, model):
+    settings = SamplingSettings(21, 1.5)
+    expected = make(model, (2, 9)).sample(RAGGED, 8, settings, seed=1)
+    # A device that is no CPU is not at hand; its rhythm is.
+    monkeypatch.setattr(decoding, "LOOK_EVERY", {"cpu": 8})
+    looks: list[int] = []
+    read = decoding._read
+    monkeypatch.setattr(
+        decoding, "_read", lambda new, *rest: (looks.append(len(new)), read(new, *rest))
     )
-    rollouts = make(model, (2, 9)).sample(RAGGED, 8, SamplingSettings(30, 1.5), seed=1)
-    handle.remove()
-    lengths = sorted(len(r.completion_ids) for r in rollouts)
-    assert lengths[0] < lengths[-1]
-    probe, *rest = widths
-    # Step t of the run is step t of a segment that began with every row not done before it.
-    steps = range(lengths[-1])
-    alive = [sum(length > step - step % 2 for length in lengths) for step in steps]
-    assert probe == 1
-    assert rest == alive
+    with widths_of(model) as widths:
+        rollouts = make(model, (2, 9)).sample(RAGGED, 8, settings, seed=1)
+    assert looks == [8, 8, 5]
+    assert widths[7] == 24 > widths[8]
+    assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
 
 
-def test_an_unselectable_cache_falls_back_to_plain_generation(monkeypatch, model):
-    with_rows_dropped = make(model, (2, 9)).sample(RAGGED, 2, SamplingSettings(9, 0.0), seed=0)
-    monkeypatch.setattr(sampler_module, "SEGMENT_TOKENS", 2)
-    monkeypatch.setattr(sampler_module, "SELECTABLE_LAYERS", ())
-    calls: list[int] = []
-    original = TransformersSampler._generate
-
-    def counted(self, *args):
-        calls.append(args[3])
-        return original(self, *args)
-
-    monkeypatch.setattr(TransformersSampler, "_generate", counted)
-    rollouts = make(model, (2, 9)).sample(RAGGED, 2, SamplingSettings(9, 0.0), seed=0)
-    assert calls == [1, 9]  # the probe, then everything at once
+def test_an_unselectable_cache_keeps_its_rows(monkeypatch, model):
+    settings = SamplingSettings(9, 1.5)
+    with_rows_dropped = make(model, (2, 9)).sample(RAGGED, 2, settings, seed=0)
+    monkeypatch.setattr(decoding, "SELECTABLE_LAYERS", ())
+    with widths_of(model) as widths:
+        rollouts = make(model, (2, 9)).sample(RAGGED, 2, settings, seed=0)
+    assert set(widths) == {6}
     assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in with_rows_dropped]
 
 
-@pytest.mark.usefixtures("short_segments")
+def test_a_model_without_keys_and_values_is_sampled():
+    torch.manual_seed(1)
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=V, hidden_size=16, state_size=4, num_hidden_layers=2)
+    )
+    with torch.no_grad():
+        model.backbone.embeddings.weight.mul_(12)
+    prompts = (("a", (5, 3, 7)), ("b", (6, 1, 4)))
+    rollouts = make(model, (2, 9, 4)).sample(prompts, 3, SamplingSettings(12, 8.0), seed=0)
+    assert len({len(r.completion_ids) for r in rollouts}) > 1
+    for rollout in rollouts:
+        assert rollout.sampler_logps == pytest.approx(dense_logps(model, rollout, V), abs=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_of_few_rows_is_the_models_own(model, bias):
+    model.lm_head = torch.nn.Linear(32, V, bias=bias)
+    for rows in (1, 2, 5, 8, 9):
+        hidden_B1D = torch.randn(rows, 1, 32)
+        expected = model.lm_head(hidden_B1D)
+        with decoding._few_row_head(model):
+            assert "forward" in vars(model.lm_head)
+            torch.testing.assert_close(model.lm_head(hidden_B1D), expected)
+        assert "forward" not in vars(model.lm_head)
+    model.lm_head.forward = model.lm_head.forward  # another library's
+    with decoding._few_row_head(model):
+        assert model.lm_head.forward.__func__ is torch.nn.Linear.forward
+
+
+def test_logits_that_are_not_finite_are_an_error(model):
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = math.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(TrainingError, match="not finite"):
+            make(model).sample(RAGGED, 2, SamplingSettings(5, temperature), seed=0)
+    assert "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.usefixtures("early_leave")
 def test_stop_or_length(model):
     for stops in [(2,), (2, 9), (0, 5, 2)]:
         rollouts = make(model, stops).sample(RAGGED, 20, SamplingSettings(8, 1.5), seed=5)
@@ -201,13 +281,9 @@ def test_random_state_comes_back_after_an_error(model):
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
 def test_batch_size_changes_no_greedy_rollout(model, batch_size):
     settings = SamplingSettings(9, 0.0)
-    widths: list[int] = []
     expected = make(model, (2, 9)).sample(RAGGED, 2, settings, seed=0)
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    rollouts = make(model, (2, 9), batch_size=batch_size).sample(RAGGED, 2, settings, seed=0)
-    handle.remove()
+    with widths_of(model) as widths:
+        rollouts = make(model, (2, 9), batch_size=batch_size).sample(RAGGED, 2, settings, seed=0)
     assert max(widths) == min(batch_size, 6)
     assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
     for one, other in itertools.pairwise(rollouts):

@@ -11,10 +11,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import sampler_parts
 from sampler_parts import RAGGED, V, dense_logps, make, next_probs, tiny_llama
-from stableopd.rollout import sampler as sampler_module
+from stableopd.rollout import decoding
 from stableopd.types import SamplingSettings
 
-model, short_segments = sampler_parts.model, sampler_parts.short_segments  # fixtures
+model, early_leave = sampler_parts.model, sampler_parts.early_leave  # fixtures
 
 
 def chi_square(counts: Counter, probs: dict, total: int) -> tuple[float, int]:
@@ -58,11 +58,11 @@ def pair_probs(model: PreTrainedModel, prompt: tuple[int, ...], stops: tuple[int
     return probs
 
 
-@pytest.mark.parametrize("segment", [32, 1])
-def test_first_two_tokens_follow_the_exact_distribution(monkeypatch, segment):
+@pytest.mark.parametrize("waste", [math.inf, 0])
+def test_first_two_tokens_follow_the_exact_distribution(monkeypatch, waste):
     # Flatter than elsewhere, so that most of the 12 x 12 pairs are expected often enough; with
-    # segments of one token the second draw comes after rows have left the batch.
-    monkeypatch.setattr(sampler_module, "SEGMENT_TOKENS", segment)
+    # no waste allowed the second draw comes after rows have left the batch.
+    monkeypatch.setattr(decoding, "WASTE", waste)
     model, total, stops = tiny_llama(sharpness=5.0), 6000, (2, 4)
     # The short prompt is padded on the left by the long one.
     prompts = (("short", (6,)), ("long", (5, 3, 7, 7, 4)))
@@ -148,7 +148,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("num_tokens", [V, 9])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.usefixtures("short_segments")
+@pytest.mark.usefixtures("early_leave")
 def test_sampler_logps_equal_the_dense_recomputation(model, settings, num_tokens):
     rollouts = make(model, num_tokens=num_tokens).sample(RAGGED, 5, settings, seed=8)
     for rollout in rollouts:
