@@ -10,8 +10,7 @@ import math
 from dataclasses import dataclass
 
 from sizing_models import Shape
-from stableopd.doctor.memory import FLOAT32, MIXED, SAMPLED_LOGITS, TILES, kept_per_token
-from stableopd.objective.logprobs import CHUNK_ELEMENTS
+from stableopd.doctor.memory import FLOAT32, MIXED, SAMPLED_LOGITS, kept_per_token, tile_elements
 from stableopd.types import ConfigError
 
 BUCKETS = 2  # layers gathered at a time
@@ -191,6 +190,7 @@ def memory(plan: Plan) -> dict[str, float]:
     served = bool(plan.rollout_gpus)
     tokens = min(max(plan.micro_batch, plan.longest), plan.rollouts * plan.longest)
     kept = kept_per_token(s.layers, s.width, s.inner, s.keys, plan.checkpoints)
+    trained_head = 0 if plan.lora_rank else s.head
     shared = {
         "student": FLOAT32 * all_weights,
         "gradients": FLOAT32 * plan.trained,
@@ -206,7 +206,7 @@ def memory(plan: Plan) -> dict[str, float]:
     updating = {
         "gathered": _gathered(plan) if plan.sharded else 0,
         "activations": tokens * kept * number,
-        "logits": TILES * FLOAT32 * min(CHUNK_ELEMENTS, tokens * s.vocabulary),
+        "logits": FLOAT32 * tile_elements(tokens, s.vocabulary, trained_head, not mixed),
     }
     sampling = {
         "gathered": FLOAT32 * all_weights if plan.sharded and not served else 0,

@@ -1,6 +1,8 @@
 """Seconds of the parts of a step of on-policy distillation.
 
-FLOPs / (peak x share) or bytes / (bandwidth x share), whichever is more.
+FLOPs / (peak x share) or bytes / (bandwidth x share), whichever is more; in the sweep of the output
+heads (src/stableopd/objective/sweep.py) both, as its passes over a tile of logits lie between the
+products that make and use it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ from dataclasses import dataclass
 from sizing_memory import Plan
 from sizing_models import Shape
 from stableopd.doctor.memory import FLOAT32, MIXED
-from stableopd.objective.logprobs import CHUNK_ELEMENTS
+from stableopd.objective.likeliest import BLOCK
+from stableopd.objective.logprobs import SWEEP_VOCABULARY
+from stableopd.objective.sweep import MAX_ROWS
+from stableopd.training.terms import OVERLAP_K
 
 # Assumptions about software. None was measured on a GPU.
 CALL_S = 1e-3  # a layer of one decoding step of `generate`: launches, whatever the size
@@ -22,11 +27,44 @@ MACHINE = 8  # GPUs of one machine
 HOST_LINK = 25e9  # bytes/s between a GPU and its CPU, for weights that live there
 HOST_BYTES = 50e9  # bytes/s of a CPU's memory that one process gets
 LINK_SHARE = 0.7  # part of a link's speed that is reached
-# Traffic of one tile of logits for each weight of the head, in bytes. Trained: read in float32 and
-# cast, forward and again; read for the inputs' gradient; its own gradient written in bfloat16, cast
-# and added in float32. Frozen: bfloat16, three times. The reference: read, cast, read.
-TRAINED_TILE, FROZEN_TILE, REFERENCE_TILE = 32.0, 6.0, 8.0
 ADAMW_TRAFFIC = 28  # bytes: weight, gradient and two states read; all but the gradient written
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep over the vocabulary does with one head.
+
+    Attributes:
+        products: Matrix products of the size of the logits.
+        weight: Bytes of traffic for each weight, once in MAX_ROWS positions.
+        logit: Bytes of traffic for each logit.
+        weight_cpu: Bytes for each weight in float32, without casts. A CPU's tiles of logits stay in
+            its cache.
+    """
+
+    products: int
+    weight: float
+    logit: float
+    weight_cpu: float
+
+
+# A float32 weight that is multiplied in bfloat16: 4 read, 2 written, 2 read for the product. The
+# student's is made so for the logits, for those of the backward pass, and for the hidden states'
+# gradient; its own gradient is 2 written and read, and added to 4 read and written.
+#
+# A logit: 2 from the product, cast (6), largest (4), less the largest (8), exp (8), its sum (4) and
+# that with the logit (8): 40; 4 more where the likeliest are wanted. The reference's difference to
+# the student's: 12, and 8 for its sum. Backward, the student's: made again (8), less the largest
+# (8), exp (8), times a factor (12), cast (6), and 2 for each product. The reference's: made again
+# (8), difference (12), times (8), plus (8).
+TRAINED, FROZEN = Sweep(4, 36.0, 44.0 + 46.0, 20.0), Sweep(3, 24.0, 44.0 + 44.0, 12.0)
+TEACHER, REFERENCE = Sweep(1, 2.0, 44.0, 4.0), Sweep(2, 16.0, 60.0 + 36.0, 8.0)
+SERVED = Sweep(1, 0.0, 0.0, 0.0)  # another's software: its products alone
+
+# The likeliest tokens of both models: OVERLAP_K blocks of the head's rows are gathered for each
+# position. A weight of the teacher's is read, written and read in bfloat16; one of the student's is
+# read and written in float32, cast, and read. A CPU gathers nothing.
+TEACHER_GATHERED, STUDENT_GATHERED = 6, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +105,33 @@ def rollout_part(plan: Plan) -> Part:
 
 
 def _pass(
-    plan: Plan, shape: Shape, tokens: float, passes: int, moved: float, devices: int
+    plan: Plan, shape: Shape, tokens: float, passes: int, sweep: Sweep, devices: int
 ) -> dict[str, float]:
-    """Seconds of a model's layers and head, where each tile of logits reads the whole head.
+    """Seconds of a model's layers and head, and those of them in which the head moves bytes.
 
-    `passes` counts a forward pass as one and a backward pass as two; `moved` is the bytes of
-    traffic that a tile makes for each weight of the head.
+    `passes` counts a forward pass through the layers as one and a backward pass as two. The head of
+    a small vocabulary is not swept: it goes with the layers, and stays in a cache.
     """
-    d, tile = plan.device, max(1, CHUNK_ELEMENTS // plan.student.vocabulary)
-    length = plan.prompt_tokens + plan.tokens
+    d, length = plan.device, plan.prompt_tokens + plan.tokens
     layers = passes * tokens * shape.layer_flops(length) / d.flops
-    arithmetic = passes * tokens * 2 * shape.head / d.flops
-    traffic = tokens / tile * shape.head * moved / d.bytes
-    return {
-        "arithmetic": (layers + max(arithmetic, traffic)) / devices,
-        "tiles": max(0.0, traffic - arithmetic) / devices,
-    }
+    is_swept = shape.vocabulary >= SWEEP_VOCABULARY
+    products = sweep.products if is_swept else passes
+    arithmetic = products * tokens * 2 * shape.head / d.flops
+    per_weight, per_logit = sweep.weight_cpu, 0.0
+    if d.mixed:
+        per_weight, per_logit = sweep.weight, sweep.logit
+    rows = min(MAX_ROWS, plan.micro_batch)
+    moved = shape.head / rows * per_weight + shape.vocabulary * per_logit
+    traffic = tokens * moved / d.bytes if is_swept else 0.0
+    return {"all": (layers + arithmetic + traffic) / devices, "traffic": traffic / devices}
 
 
 def _computed(found: dict[str, float], exchange: float) -> Part:
     """The longer of computing and exchanging weights, which overlap."""
-    if exchange > found["arithmetic"]:
+    if exchange > found["all"]:
         return Part(exchange, "exchange")
-    is_head = found["tiles"] > found["arithmetic"] / 2
-    return Part(found["arithmetic"], "memory" if is_head else "arithmetic")
+    is_memory = found["traffic"] > found["all"] / 2
+    return Part(found["all"], "memory" if is_memory else "arithmetic")
 
 
 def _exchange(plan: Plan, tokens: float, gathered: float) -> float:
@@ -115,6 +156,8 @@ def _link(plan: Plan) -> float:
 def teacher_part(plan: Plan) -> Part:
     """The teacher's forward pass over the rollouts, in the trainers or behind `teacher.url`.
 
+    In the trainers with the likeliest tokens of teacher and student, which are compared.
+
     Args:
         plan: The run.
 
@@ -123,13 +166,17 @@ def teacher_part(plan: Plan) -> Part:
     """
     t, number = plan.teacher, plan.teacher_bytes
     if plan.teacher_gpus:
-        return _computed(_pass(plan, t, plan.scored, 1, 0.0, plan.teacher_gpus), 0.0)
-    found = _pass(plan, t, plan.scored, 1, number, plan.trainers)
+        return _computed(_pass(plan, t, plan.scored, 1, SERVED, plan.teacher_gpus), 0.0)
+    found = _pass(plan, t, plan.scored, 1, TEACHER, plan.trainers)
+    if plan.device.mixed and t.vocabulary >= SWEEP_VOCABULARY:
+        rows = plan.scored / plan.trainers * OVERLAP_K * BLOCK
+        moved = rows * (TEACHER_GATHERED * t.width + STUDENT_GATHERED * plan.student.width)
+        found = {name: value + moved / plan.device.bytes for name, value in found.items()}
     return _computed(found, _exchange(plan, plan.scored, number * t.weights))
 
 
 def reference_part(plan: Plan) -> Part:
-    """The reference's forward pass; with LoRA that of the base with the adapter off.
+    """The reference's forward pass, and its head's backward; with LoRA with the adapter off.
 
     Args:
         plan: The run.
@@ -139,8 +186,7 @@ def reference_part(plan: Plan) -> Part:
     """
     if not plan.reference:
         return Part(0.0, "-")
-    moved = REFERENCE_TILE if plan.device.mixed else FLOAT32
-    found = _pass(plan, plan.student, plan.scored, 1, moved, plan.trainers)
+    found = _pass(plan, plan.student, plan.scored, 1, REFERENCE, plan.trainers)
     return _computed(found, _exchange(plan, plan.scored, FLOAT32 * plan.student.weights))
 
 
@@ -156,8 +202,7 @@ def update_part(plan: Plan) -> Part:
     tokens, n, d = plan.scored + plan.golden, plan.trainers, plan.device
     passes = 2 if plan.lora_rank else 3  # frozen weights need no gradient of their own
     passes += 1 if plan.checkpoints else 0
-    moved = FROZEN_TILE if plan.lora_rank else TRAINED_TILE
-    found = _pass(plan, plan.student, tokens, passes, moved, n)
+    found = _pass(plan, plan.student, tokens, passes, FROZEN if plan.lora_rank else TRAINED, n)
     # Gathered forward and backward; the gradient goes back, with an adapter almost nothing.
     times = 2 if plan.lora_rank else 3
     part = _computed(found, _exchange(plan, tokens, times * FLOAT32 * plan.student.weights))

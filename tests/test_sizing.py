@@ -16,7 +16,7 @@ from stableopd import config
 from stableopd.doctor.memory import estimate
 from stableopd.models import LanguageModel
 from stableopd.types import ConfigError, ModelError
-from tiny import make_llama, make_tokenizer, save_model
+from tiny import V, make_llama, make_tokenizer, save_model
 
 ROOT = Path(__file__).parent.parent
 with mock.patch.object(sys, "path", [str(ROOT / "benchmarks"), *sys.path]):
@@ -67,10 +67,15 @@ def test_flops_by_hand():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("checkpoints", [False, True])
-def test_the_doctor_says_the_same(tmp_path, mixed, checkpoints):
-    """Of a real model in memory; the shape is read from the folder that it was saved to."""
-    model = make_llama(0, 64, intermediate_size=96)
+@pytest.mark.parametrize(
+    ("checkpoints", "rows"), [(False, V), (True, V), (True, 20_000), (True, 5_000)]
+)
+def test_the_doctor_says_the_same(tmp_path, mixed, checkpoints, rows):
+    """Of a real model in memory; the shape is read from the folder that it was saved to.
+
+    70 tokens by 20,000 are enough to be swept, by 5,000 they are not.
+    """
+    model = make_llama(0, 64, rows, intermediate_size=96)
     shape = models.read_shape(save_model(tmp_path / "m", model))
     settings = config.parse(
         {
@@ -93,6 +98,10 @@ def test_the_doctor_says_the_same(tmp_path, mixed, checkpoints):
         assert found[name] == getattr(e, name), name
     assert found["AdamW"] == e.adamw
     assert found["logits"] == max(e.tiles, e.sampled_logits)
+    if rows == 20_000:
+        # Nine tiles, on a CPU of 2^20 numbers, and a gradient of the head of 64 columns.
+        tile = 70 * rows if mixed else 2**20
+        assert found["logits"] == 4 * (9 * tile + 64 * rows)
     # The doctor's own patient had its teacher in float32 here; on a GPU it is bfloat16.
     teacher = e.teacher / 2 if mixed else e.teacher
     assert found["peak"] == pytest.approx(e.peak - e.process - e.teacher + teacher)
@@ -118,7 +127,7 @@ def test_seconds_by_hand():
     # of 6 tokens at a mean context of 5, at 50 bytes/s; launches and arithmetic are less.
     read = 10 * 2 * (2 * 576 + 800) + 4 * 6 * 5 * 2 * 2 * 4 * 3
     assert found["rollouts"] == seconds.Part(read / 50, "memory")
-    # 4 rollouts of 8 tokens, forward, at 500 FLOP/s; the tiles' traffic is nothing here.
+    # 4 rollouts of 8 tokens, forward, at 500 FLOP/s; a vocabulary of 100 is not swept.
     forward = 2 * (2 * 576 + 2 * 8 * 8) + 2 * 800
     assert found["teacher"].seconds == pytest.approx(32 * forward / 500)
     assert found["reference"] == found["teacher"]
@@ -130,12 +139,49 @@ def test_seconds_by_hand():
     assert seconds.gpu_hours(PLAN) == pytest.approx(3 * total / 3600)
 
 
-def test_a_small_batch_of_tiles_is_bound_by_the_head():
-    slow = dataclasses.replace(PLAN, device=dataclasses.replace(DEVICE, bandwidth=1e-6))
-    tile = (2**23 + 2**18) // 100
-    traffic = 32 / tile * 800 * 2 / 0.5e-6
-    layers = 32 * 2 * (2 * 576 + 2 * 8 * 8) / 500
-    assert seconds.teacher_part(slow) == seconds.Part(pytest.approx(layers + traffic), "memory")
+LARGE = dataclasses.replace(SMALL, vocabulary=5_000)
+SWEPT = dataclasses.replace(
+    PLAN, student=LARGE, teacher=dataclasses.replace(LARGE, width=24), micro_batch=4_096
+)
+
+
+def test_a_swept_head_by_hand():
+    """Tiles of 1,024 positions; products at 500 FLOP/s, then bytes at 50 bytes/s."""
+    head, pass_s, each = 8 * 5_000, (2 * 576 + 2 * 8 * 8) * 2 / 500, 2 * 8 * 5_000 / 500
+    # The reference: forward and backward.
+    moved = head / 1_024 * 2 * 8 + 5_000 * (60 + 36)
+    found = seconds.reference_part(SWEPT)
+    assert found == seconds.Part(pytest.approx(32 * (pass_s + 2 * each + moved / 50)), "memory")
+    # The student: four products, with or without checkpoints of the layers.
+    for checkpoints, passes in ((True, 4), (False, 3)):
+        plan = dataclasses.replace(SWEPT, checkpoints=checkpoints)
+        moved = head / 1_024 * (3 * 8 + 12) + 5_000 * 90
+        swept = 52 * (passes * pass_s + 4 * each + moved / 50)
+        adamw = 28 * LARGE.weights / 50
+        assert seconds.update_part(plan).seconds == pytest.approx(swept + adamw)
+    # The teacher: bfloat16, once; 16 blocks of 64 rows are gathered of both heads.
+    t = SWEPT.teacher
+    moved = t.head / 1_024 * 2 + 5_000 * 44 + 1_024 * (24 * 6 + 8 * 16)
+    done = t.layer_flops(8) + 2 * t.head
+    assert seconds.teacher_part(SWEPT).seconds == pytest.approx(32 * (done / 500 + moved / 50))
+
+
+def test_who_moves_less():
+    """A CPU keeps tiles in its cache and casts nothing; few tokens fill less than a tile's rows."""
+    cpu = dataclasses.replace(SWEPT, device=dataclasses.replace(DEVICE, mixed=False))
+    pass_s, each = (2 * 576 + 2 * 8 * 8) * 2 / 500, 2 * 8 * 5_000 / 500
+    for micro_batch, rows in ((4_096, 1_024), (28, 28)):
+        plan = dataclasses.replace(cpu, micro_batch=micro_batch)
+        moved = 40_000 / rows * 8
+        found = seconds.reference_part(plan).seconds
+        assert found == pytest.approx(32 * (pass_s + 2 * each + moved / 50))
+    # A frozen head has no gradient of its own.
+    lora = seconds.update_part(dataclasses.replace(SWEPT, lora_rank=1)).seconds
+    moved = 40_000 / 1_024 * 24 + 5_000 * 88
+    adamw = 28 * LARGE.adapter(1) / 50
+    assert lora == pytest.approx(52 * (3 * pass_s + 3 * each + moved / 50) + adamw)
+    served = seconds.teacher_part(dataclasses.replace(SWEPT, gpus=2, teacher_gpus=1))
+    assert served.seconds == pytest.approx(32 * SWEPT.teacher.forward_flops(8) / 500)
 
 
 def test_exchange_and_servers():

@@ -8,7 +8,9 @@ With P the parameters of a model, s the bytes of one of its weights, and P_t tho
     copies                       2 P of the student where bfloat16 and float32 are mixed
     activations                  N layers (10 D + 4 F + 2 kv) a, of one micro-batch of N tokens
                                  (N D a layers plus one layer's, with gradient checkpointing)
-    logits while updating        12 tiles of at most 8.65 million float32 numbers
+    logits while updating        9 tiles of at most 2^25 float32 numbers (2^20 on a CPU), and one
+                                 float32 gradient of a trained head; below 4,096 entries of the
+                                 vocabulary 12 tiles of at most 8.65 million
     key-value cache              2 layers kv (prompt + budget) rows a
     logits while sampling        4 rows V float32 numbers
 
@@ -39,7 +41,14 @@ from stableopd.objective.logprobs import CHUNK_ELEMENTS, SWEEP_ELEMENTS, SWEEP_V
 from stableopd.objective.sweep import TILE_ELEMENTS, TILE_ELEMENTS_DEVICE
 from stableopd.rollout.stops import Finding
 
-__all__ = ["Estimate", "estimate", "kept_per_token", "memory", "memory_of_device"]
+__all__ = [
+    "Estimate",
+    "estimate",
+    "kept_per_token",
+    "memory",
+    "memory_of_device",
+    "tile_elements",
+]
 
 TILES = 12  # measured in docs/log.md, 2026-11-22: 362 MB at a vocabulary of 151,936, and a teacher
 SWEPT_TILES = 9  # three buffers of each of three heads
@@ -64,7 +73,7 @@ class Estimate:
         adamw: The optimizer's two states.
         copies: The student's weights in bfloat16, where autocast makes these.
         activations: What one micro-batch keeps for its backward pass.
-        tiles: Tiles of logits while updating.
+        tiles: Tiles of logits while updating, and the gradient that a sweep adds up beside them.
         cache: Keys and values while sampling.
         sampled_logits: Logits while sampling.
         process: Python and torch themselves.
@@ -143,7 +152,9 @@ def estimate(
     checkpoints = config.student.gradient_checkpointing
     kept = kept_per_token(layers, width, forward * experts, keys, checkpoints)
     activation = MIXED if is_mixed else size
-    vocabulary = student.model.get_output_embeddings().weight.shape[0]
+    head = student.model.get_output_embeddings().weight
+    vocabulary, num_trained = head.shape[0], head.numel() if head.requires_grad else 0
+    needs_chunks = bool(o.lambda_divergence) and (o.top_k or o.divergence == "jensen_shannon")
     at_once = min(r.batch_size or rows, rows)
     needs_rollouts = bool(o.lambda_policy or o.lambda_divergence or o.beta_reference)
     return Estimate(
@@ -154,20 +165,36 @@ def estimate(
         adamw=2 * trained,
         copies=BFLOAT16 * _count(student.model.parameters()) if is_mixed else 0.0,
         activations=float(tokens * kept * activation),
-        tiles=float(FLOAT32 * _tile_elements(config, tokens, vocabulary, on_cpu)),
+        tiles=float(
+            FLOAT32 * tile_elements(tokens, vocabulary, num_trained, on_cpu, bool(needs_chunks))
+        ),
         cache=2.0 * layers * keys * longest * at_once * activation if needs_rollouts else 0.0,
         sampled_logits=SAMPLED_LOGITS * FLOAT32 * at_once * vocabulary if needs_rollouts else 0.0,
         process=PROCESS_BYTES if on_cpu else 0.0,
     )
 
 
-def _tile_elements(config: Config, tokens: int, vocabulary: int, on_cpu: bool) -> int:
-    """Numbers in the tiles of logits while updating, as `score_tokens` chooses its way."""
-    o, num_logits = config.objective, tokens * vocabulary
-    needs_chunks = bool(o.lambda_divergence) and (o.top_k or o.divergence == "jensen_shannon")
+def tile_elements(
+    tokens: int, vocabulary: int, num_trained: int, on_cpu: bool, needs_chunks: bool = False
+) -> int:
+    """Numbers in the tiles of logits while updating, as `score_tokens` chooses its way.
+
+    Args:
+        tokens: Tokens of a micro-batch.
+        vocabulary: Rows of the output head.
+        num_trained: Weights of the head that are trained: all or none.
+        on_cpu: Whether the run is on a CPU.
+        needs_chunks: Whether a divergence needs whole distributions.
+
+    Returns:
+        Those of all tiles, and of the head's gradient, which a sweep adds up beside the one that
+        earlier micro-batches left.
+    """
+    num_logits = tokens * vocabulary
     if needs_chunks or vocabulary < SWEEP_VOCABULARY or num_logits < SWEEP_ELEMENTS:
         return TILES * min(CHUNK_ELEMENTS, num_logits)
-    return SWEPT_TILES * min(TILE_ELEMENTS if on_cpu else TILE_ELEMENTS_DEVICE, num_logits)
+    at_once = min(TILE_ELEMENTS if on_cpu else TILE_ELEMENTS_DEVICE, num_logits)
+    return SWEPT_TILES * at_once + num_trained
 
 
 def kept_per_token(layers: int, width: int, forward: int, keys: int, checkpoints: bool) -> int:
