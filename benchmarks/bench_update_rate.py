@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-import worlds
+import pairs
 
 # How often a shape is timed at most; it stands for all products of that shape.
 REPEATS = 12
@@ -141,7 +141,7 @@ def compute(spec: dict[str, Any]) -> dict[str, Any]:
     import sides
     import stableopd
 
-    world, found, seconds = worlds.WORLDS[spec["world"]], Counter(), []
+    world, found, seconds = pairs.WORLDS[spec["world"]], Counter(), []
     with tempfile.TemporaryDirectory() as folder:
         run = sides.our_run(world, "stable_opd", Path(folder), spec["steps"] + 1)
         replay = sides.Replay(world, run.players.num_tokens)
@@ -170,13 +170,13 @@ def main() -> None:
     options = common.options(__doc__, minutes=5.5)
     print(f"\n{common.Row.HEADER.replace('peer', 'matrix product')}")
     for name in options.choose(("small", "large", "smollm2"), ("tiny",)):
-        if not worlds.make(name):
+        if not pairs.make(name):
             print(f"| {name} | not measured: install requirements/smollm2.txt | | | | | |")
             continue
         spec = {"world": name, "steps": 1 if name == "smollm2" else 3}
         found = [common.measure(__file__, spec) for _ in range(options.runs)]
         machine = common.of(found, "machine")
-        world = worlds.WORLDS[name]
+        world = pairs.WORLDS[name]
         what = f"{world.rollouts} x {world.new_tokens} tokens, "
         what += f"V = {world.vocabulary:,}" if world.vocabulary else "SmolLM2-135M"
         for key, quantity in (("needed", "needed GFLOP/s"), ("made", "made GFLOP/s")):

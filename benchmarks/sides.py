@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from common import Clock, Memory, answer
-from worlds import WORLDS, World, completion, problems
+from pairs import WORLDS, World, completion, problems
 
 LEARNING_RATE = 1e-4
 OURS = ("opd", "gkd", "stable_opd")

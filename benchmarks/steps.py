@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import worlds
+import pairs
 from common import Options, Row, alternate, measure, of, require_close
 
 SIDES = str(Path(__file__).with_name("sides.py"))
@@ -53,14 +53,14 @@ def compare(
         steps: Warm-up steps and timed steps.
         targets: Of the ratio, by quantity.
     """
-    if not worlds.make(world):
+    if not pairs.make(world):
         print(f"| {world} | not measured: install requirements/smollm2.txt | | | | | |")
         return
     check(method, peer, world)
     spec: dict[str, Any] = {"world": world, "warm": steps[0], "steps": steps[1]}
     sides = {"ours": spec | {"side": method}, "peer": spec | {"side": peer}}
     found = alternate(SIDES, sides, options.runs)
-    size = worlds.WORLDS[world]
+    size = pairs.WORLDS[world]
     what = f"`{method}`, {size.rollouts} x {size.new_tokens} tokens"
     what += f", V = {size.vocabulary:,}" if size.vocabulary else ", SmolLM2-135M"
     for key, quantity, digits in (

@@ -106,13 +106,13 @@ def test_the_page_is_stitched_from_what_is_kept(tmp_path) -> None:
 def test_the_stop_has_the_probability_that_was_asked_for() -> None:
     import torch
 
-    import worlds
+    import pairs
 
     for asked in (0.0, 0.05):
-        model = worlds._llama(512, 32, 0)
-        worlds._set_stop(model, asked)
+        model = pairs._llama(512, 32, 0)
+        pairs._set_stop(model, asked)
         with torch.no_grad():
             logits = model(torch.randint(2, 512, (8, 32))).logits
-        found = logits.softmax(-1)[..., worlds.STOP].mean().item()
+        found = logits.softmax(-1)[..., pairs.STOP].mean().item()
         assert found == pytest.approx(asked, rel=0.25, abs=1e-20)
         assert logits.std() == pytest.approx(2.0, rel=0.5) or not asked

@@ -11,6 +11,8 @@ sys.path.insert(0, str(ROOT / "recipes" / "collapse-and-cure"))
 import archive  # noqa: E402
 import experiments  # noqa: E402
 import outcomes  # noqa: E402
+import phase  # noqa: E402
+import reproduce  # noqa: E402
 
 
 def test_the_shipped_runs_are_finished(tmp_path):
@@ -20,6 +22,13 @@ def test_the_shipped_runs_are_finished(tmp_path):
     assert all(run.collapsed for run in runs["opd"])
     assert not any(run.collapsed for run in runs["stable_opd"])
     assert all(0.9 < run.final_accuracy < 1 for run in runs["stable_opd"])
+    arms, cells = experiments.all_arms(list(experiments.groups())), phase.cells()
+    assert reproduce.jobs_of(arms, cells, 99, tmp_path, 0) == []
+    assert reproduce.finals_of(arms, 99, tmp_path, 0) == []
+    assert reproduce.models_needed(arms, cells, 99, tmp_path, 0) == []
+    (tmp_path / "runs/A/opd/s1/seconds.json").unlink()
+    needed = ["teacher-loops-0", "different-plain-teacher", "different-student"]
+    assert reproduce.models_needed(arms, cells, 99, tmp_path, 0) == needed
 
 
 def test_packing_is_repeatable_and_leaves_out_what_is_not_finished(tmp_path):

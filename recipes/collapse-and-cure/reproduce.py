@@ -56,13 +56,25 @@ def main(
     arms = experiments.all_arms([name for name in chosen if name != "phase"])
     cells = phase.cells() if "phase" in chosen else []
     note_commit(output)
-    models = experiments.models_of(arms)
-    models += [m for m in phase.models_of(cells) if m not in models]
-    make_models(models, output / "models", workers, steps)
+    make_models(models_needed(arms, cells, num_seeds, output, steps), output, workers, steps)
     failed = work(jobs_of(arms, cells, num_seeds, output, steps), workers, "runs")
     failed += work(finals_of(arms, num_seeds, output, steps), workers, "evaluations")
     if failed:
         raise typer.Exit(1)
+
+
+def models_needed(
+    arms: Sequence[Arm], cells: Sequence[phase.Cell], num_seeds: int, output: Path, steps: int
+) -> list[str]:
+    """The models of the runs and cells that are missing: what is done needs them no more."""
+    missing = [
+        arm
+        for arm in arms
+        if not all(arm.is_finished(seed, output, steps) for seed in arm.seeds[:num_seeds])
+    ]
+    names = experiments.models_of(missing)
+    left = [cell for cell in cells if cell.seed < num_seeds and not cell.file(output).is_file()]
+    return names + [name for name in phase.models_of(left) if name not in names]
 
 
 def jobs_of(
@@ -112,8 +124,9 @@ def note_commit(output: Path) -> None:
         file.write_text("\n".join([*known, told]) + "\n")
 
 
-def make_models(names: Sequence[str], out: Path, workers: int, steps: int) -> None:
+def make_models(names: Sequence[str], output: Path, workers: int, steps: int) -> None:
     """Pretrain what is missing: those that are made of others last."""
+    out = output / "models"
     for late in (False, True):
         missing = [
             (name, make_model, (name, out, steps))
