@@ -223,7 +223,10 @@ def _select(
 class _RoomyLayer(DynamicLayer):
     """Keys and values at the front of larger tensors, into which the next ones are written."""
 
-    def __init__(self, layer: DynamicLayer) -> None:
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         self._hold(layer.keys, layer.values)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -174,7 +174,7 @@ def _pick(settings: SamplingSettings, num_tokens: int) -> Pick:
         if not warpers:
             return draw(logits_BV, uniform_B, temperature)
         # They do not read the ids so far.
-        no_ids = torch.empty(len(logits_BV), 0, dtype=torch.long, device=logits_BV.device)
+        no_ids: Any = torch.empty(len(logits_BV), 0, dtype=torch.long, device=logits_BV.device)
         return draw(warpers(no_ids, logits_BV), uniform_B)
 
     return pick
