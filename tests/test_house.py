@@ -31,8 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": FOUNDATION,
     "diagnostics": FOUNDATION,
     "models": FOUNDATION | {"objective"},
-    "rollout": MODELS,
-    "teacher": MODELS,
+    # A client of servers, for rollouts and teachers alike; it knows of neither.
+    "endpoint": FOUNDATION,
+    "rollout": MODELS | {"endpoint"},
+    "teacher": MODELS | {"endpoint"},
     "data": MODELS,
     "runfolder": MATHS,
     "embedded": MODELS | {"data"},
@@ -57,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # What a room may load from outside; rooms not named here may load anything.
 NO_TORCH = {"config", "config_checks", "diagnostics", "report", "runfolder", "terminal", "demo"}
-NO_TORCH |= {"diagnose", "integrations"}
+NO_TORCH |= {"diagnose", "integrations", "endpoint"}
 # Packages within a room that are rooms of their own.
 INNER = ("integrations.trl", "integrations.verl")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from stableopd.types import ConfigError
 
 if TYPE_CHECKING:
     from stableopd.config import Config
 
-__all__ = ["RAISING", "check"]
+__all__ = ["RAISING", "check", "url_fault"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": ("auto", "cpu", "cuda", "mps"),
@@ -143,6 +144,35 @@ def _check_field(source: str, name: str, value: Any) -> None:
             raise ConfigError(
                 f"{source}: {name} = {value} must be {bound} {low:g} and at most {high:g}."
             )
+
+
+def url_fault(url: str) -> str:
+    """What makes an address of a server unusable, in a sentence that holds no credentials.
+
+    Args:
+        url: The address.
+
+    Returns:
+        The sentence, or "".
+    """
+    try:
+        parts = urlsplit(url)
+        port_fault = "" if parts.port is None or parts.port > 0 else "port 0"
+    except ValueError as error:
+        return f"the address is not one ({error}); write it as http://host:8000/v1."
+    if parts.username is not None or parts.password is not None or "@" in url:
+        return (
+            "the address holds credentials, which would be kept in the run folder; leave them out "
+            "and name an environment variable that holds the key."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or port_fault:
+        return f"the address {url!r} is not one; write it as http://host:8000/v1."
+    if parts.query or parts.fragment:
+        return (
+            "the address goes on with '?' or '#', where a key may stand; write it up to /v1 and "
+            "name an environment variable that holds the key."
+        )
+    return ""
 
 
 def _term_rules(config: Config) -> list[tuple[bool, str]]:
