@@ -13,6 +13,7 @@ import email.utils
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 import weakref
@@ -25,7 +26,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from stableopd.config_checks import url_fault
-from stableopd.types import ConfigError, TrainingError
+from stableopd.types import ConfigError, ServerError
 
 __all__ = ["Endpoint", "root_of"]
 
@@ -33,7 +34,9 @@ __all__ = ["Endpoint", "root_of"]
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.25, 20.0
 # No connection within this is none at all, however long an answer may take (design).
 CONNECT_S = 10.0
-# Of a server's own message.
+# Seconds between two warnings about one server.
+TELL_EVERY_S = 60.0
+# Of a server's own message, characters.
 MAX_TOLD = 300
 
 log = logging.getLogger("stableopd")
@@ -103,7 +106,7 @@ class Endpoint:
         self._replicas = [_Replica(url) for url in self.urls]
         self._lock = threading.Lock()
         self._last_answer = 0.0
-        self._told_of_fault = False
+        self._told_at = -math.inf
         self._client = httpx2.Client(
             timeout=httpx2.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
@@ -128,7 +131,7 @@ class Endpoint:
             The answer, a JSON object.
 
         Raises:
-            TrainingError: The server refused the request, or nothing came for `patience_s`.
+            ServerError: The server refused the request, or nothing came for `patience_s`.
         """
         return self._ask("POST", path, body, url)
 
@@ -143,7 +146,7 @@ class Endpoint:
             The answer, a JSON object; an empty one where the server sends an empty answer.
 
         Raises:
-            TrainingError: As for `post`.
+            ServerError: As for `post`.
         """
         return self._ask("GET", path, None, url)
 
@@ -158,7 +161,7 @@ class Endpoint:
             The answers, in the order of the bodies.
 
         Raises:
-            TrainingError: The first error of its kind; what is still waiting is given up.
+            ServerError: The first error of its kind; what is still waiting is given up.
         """
         gives_up = threading.Event()
         workers = ThreadPoolExecutor(
@@ -196,7 +199,7 @@ class Endpoint:
                 wakes = self._wakes(attempt, own)
                 where = self._shown(replica.url + path)
                 if gives_up.wait(max(0.0, self._seconds_left(begin, where, fault, wakes))):
-                    raise TrainingError(f"{self.name}: {where} was given up ({fault}).") from None
+                    raise ServerError(f"{self.name}: {where} was given up ({fault}).") from None
             except BaseException:
                 self._give_back(replica, None)
                 raise
@@ -222,7 +225,6 @@ class Endpoint:
             replica.num_in_flight -= 1
             if fault is None:
                 self._last_answer = time.monotonic()
-                self._told_of_fault = False
                 replica.num_faults, replica.rests_until = 0, 0.0
                 return
             pause = min(FIRST_PAUSE_S * 2**replica.num_faults, LAST_PAUSE_S)
@@ -243,15 +245,16 @@ class Endpoint:
         return max(rested, time.monotonic() + pause)
 
     def _seconds_left(self, begin: float, where: str, fault: _PassingError, wakes: float) -> float:
-        """Seconds to wait, until `wakes` or patience is over; says once that it waits."""
+        """Seconds to wait, until `wakes` or patience is over; says that it waits, but not each time."""
         with self._lock:
             now = time.monotonic()
             ends = max(begin, self._last_answer) + self.patience_s
-            tells, self._told_of_fault = not self._told_of_fault, True
+            tells = now - self._told_at > TELL_EVERY_S
+            self._told_at = now if tells else self._told_at
         if now >= ends:
-            raise TrainingError(
+            raise ServerError(
                 f"{self.name}: {where} has given no answer for {self.patience_s:g} s ({fault}); "
-                "start the server again or correct its address, and go on with --resume."
+                "start the server again or correct its address."
             ) from None
         if tells:
             log.warning(
@@ -276,7 +279,7 @@ class Endpoint:
             raise _PassingError(f"status {status}", _retry_after(reply)) from None
         if status >= 300:
             told = self._safe(_message(reply))
-            raise TrainingError(
+            raise ServerError(
                 f"{self.name}: {where} refused the request with status {status}: {told}"
             )
         try:

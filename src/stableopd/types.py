@@ -17,6 +17,7 @@ The error tree; the command line prints each as one line and exits with code 2:
     |-- ModelError        a model or tokenizer cannot be loaded, or does not fit the other
     |-- RunFolderError    the run folder is taken, not writable, or not a run folder
     `-- TrainingError     a number that must be finite is not, or a teacher broke
+        `-- ServerError   a server of teachers or rollouts does not answer as it must
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ __all__ = [
     "SamplingSettings",
     "Scores",
     "Sequence",
+    "ServerError",
     "StableOPDError",
     "StopReason",
     "TrainingError",
@@ -79,6 +81,13 @@ class TrainingError(StableOPDError):
     """A number that must be finite is not, or a teacher broke."""
 
 
+class ServerError(TrainingError):
+    """A server of teachers or rollouts does not answer, or not as it must.
+
+    The step in which it is raised has trained nothing: the student is that of the last step.
+    """
+
+
 class StopReason(StrEnum):
     """Why a rollout ended. Being cut off is a fact about it, not a guess from its length."""
 
@@ -103,12 +112,14 @@ class Prompt:
         prompt: Plain text, or the messages of a chat.
         solution: The golden completion, without a stop token; None where the data has none.
         answer: What is graded; None where the data has none.
+        teacher: Name of the teacher that scores it; None for the default.
     """
 
     id: str
     prompt: str | tuple[Message, ...]
     solution: str | None = None
     answer: str | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
