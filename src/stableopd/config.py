@@ -15,7 +15,7 @@ import json
 import tomllib
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,19 @@ class StudentConfig:
 class TeacherConfig:
     model: str = ""
     gguf_file: str = ""
-    url: str = ""
     dtype: str = "auto"  # bfloat16 on a GPU, float32 elsewhere
     temperature: float = 1.0  # the teacher's own distribution, whatever the rollouts' temperature
+    # The rest is for a served teacher; `model` is then its name there, "" the only one.
+    url: tuple[str, ...] | str = ()  # of replicas, up to and with "/v1"
+    by_name: dict[str, tuple[str, ...] | str] = field(
+        default_factory=lambda: dict[str, tuple[str, ...] | str]()
+    )  # further teachers, for rows whose column data.teacher names them: name = url(s)
+    tokenizer: str = ""  # folder or hub name: what it stops with, and that it is the student's
+    stop_ids: tuple[int, ...] = ()  # what it stops with, where there is no such folder
+    api_key_env: str = ""  # name of the environment variable that holds the key; "": none is sent
+    max_in_flight: int = 32  # untuned: requests under way at once, of one process to one teacher
+    timeout_s: float = 300.0  # untuned: for one answer, queueing at the server among it
+    patience_s: float = 600.0  # untuned: a server may be started again within this
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class DataConfig:
     prompt: str = "prompt"
     solution: str = "solution"
     answer: str = "answer"
+    teacher: str = "teacher"  # column with a name of teacher.by_name; empty: the default teacher
     chat_template: str = "auto"
     grader: str = "exact"
     answer_marker: str = ""  # exact: the text after the last marker is compared; "" compares all
@@ -294,6 +305,9 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         # TOML forbids one more control character than JSON does.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        items = typing.cast(dict[str, Any], value).items()
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in items) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(v) for v in typing.cast(tuple[Any, ...], value)) + "]"
     return repr(value)
@@ -331,15 +345,26 @@ def _section(source: str, name: str, cls: type, values: dict[str, Any]) -> Any:
 
 def _typed(source: str, name: str, hint: Any, value: Any) -> Any:
     if isinstance(hint, types.UnionType):
+        if str in typing.get_args(hint) and isinstance(value, str):
+            value = [value] if value else []  # one text stands for a list of one
         hint = typing.get_args(hint)[0]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{source}: {name} must be a table of names, not {value!r}.")
+        _, inner = typing.get_args(hint)
+        items = typing.cast(dict[str, Any], value).items()
+        return {key: _typed(source, f"{name}.{key}", inner, item) for key, item in items}
     if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        # The type itself: true is no number here.
         if not isinstance(value, list | tuple) or not all(
-            isinstance(v, str) for v in typing.cast(list[Any], value)
+            type(v) is inner for v in typing.cast(list[Any], value)
         ):
-            raise ConfigError(f"{source}: {name} must be a list of strings, not {value!r}.")
-        return tuple(typing.cast(list[str], value))
+            kind = {str: "strings", int: "whole numbers"}[inner]
+            raise ConfigError(f"{source}: {name} must be a list of {kind}, not {value!r}.")
+        return tuple(typing.cast(list[Any], value))
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
         raise ConfigError(f"{source}: {name} must be {kind}, not {value!r}.")

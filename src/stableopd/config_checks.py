@@ -50,6 +50,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "student.lora_rank": (0, 10**6, True),
     "student.lora_alpha": (1, 10**6, True),
     "teacher.temperature": (0, 100, False),
+    "teacher.max_in_flight": (1, 10_000, True),
+    "teacher.timeout_s": (0, 10**6, False),
+    "teacher.patience_s": (0, 10**6, True),
     "rollout.prompts_per_step": (1, 10**9, True),
     "rollout.rollouts_per_prompt": (1, 10**6, True),
     "rollout.max_new_tokens": (1, 10**9, True),
@@ -117,6 +120,7 @@ def check(config: Config, source: str) -> None:
         *_term_rules(config),
         *_policy_rules(config),
         *_run_rules(config),
+        *_served_rules(config),
         *_alarm_rules(config),
     ):
         if wrong:
@@ -124,11 +128,6 @@ def check(config: Config, source: str) -> None:
 
 
 def _check_field(source: str, name: str, value: Any) -> None:
-    if name == "teacher.url" and value:
-        raise ConfigError(
-            f"{source}: teacher.url is reserved: this version scores with a teacher in this "
-            "process alone; give teacher.model."
-        )
     items = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
     for item in items:
         if item is not None and name in CHOICES and item not in CHOICES[name]:
@@ -261,9 +260,10 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
             'student.model is missing; give a folder, a hub name or "embedded".',
         ),
         (
-            (teaches or bool(o.lambda_divergence)) and not config.teacher.model,
+            (teaches or bool(o.lambda_divergence))
+            and not (config.teacher.model or config.teacher.url),
             f"objective.method = {o.method!r} needs a teacher; give teacher.model as a folder, a "
-            'hub name or "embedded".',
+            'hub name or "embedded", or teacher.url as the address of a server.',
         ),
         (
             not config.data.train,
@@ -279,6 +279,65 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
             "eval.temperature = 0 is greedy, so eval.samples above 1 would repeat one answer; "
             "set eval.samples = 1.",
         ),
+    ]
+
+
+def _served_rules(config: Config) -> list[tuple[bool, str]]:
+    o, t = config.objective, config.teacher
+    is_served, whole = bool(t.url), "a server gives the log-probs of tokens, and not the teacher's "
+    whole += "distribution over the whole vocabulary"
+    faults = [
+        (bool(url_fault(url)), f"{field}: {url_fault(url)}")
+        for field, urls in {
+            "teacher.url": t.url,
+            **{f"teacher.by_name.{name}": urls for name, urls in t.by_name.items()},
+        }.items()
+        for url in urls or ("",) * (field != "teacher.url")
+    ]
+    return [
+        *faults,
+        *_key_rules(t.api_key_env, "teacher"),
+        (
+            not is_served and bool(t.by_name or t.tokenizer or t.stop_ids or t.api_key_env),
+            "teacher.by_name, tokenizer, stop_ids and api_key_env belong to a served teacher; "
+            "give the default one's address in teacher.url, or leave them out.",
+        ),
+        (
+            is_served and bool(t.gguf_file),
+            "teacher.gguf_file is of a teacher in this process, but teacher.url names a server; "
+            "leave one of the two out.",
+        ),
+        (
+            is_served and o.baseline == "kl",
+            f"objective.baseline = 'kl' and teacher.url: {whole}; leave the baseline out.",
+        ),
+        (
+            is_served and bool(o.lambda_divergence) and not o.top_k,
+            f"the divergence term and teacher.url: {whole}; set objective.top_k, and start vLLM "
+            "with --max-logprobs at least as large.",
+        ),
+        (
+            is_served and t.temperature != 1,
+            f"teacher.temperature = {t.temperature:g} and teacher.url: {whole}, which another "
+            "temperature would need; leave it at 1.",
+        ),
+        (
+            is_served and o.stop == "event" and not (t.tokenizer or t.stop_ids),
+            "teacher.url and objective.stop = 'event': a server does not say what the teacher "
+            "stops with; give its folder as teacher.tokenizer, or its ids as teacher.stop_ids.",
+        ),
+    ]
+
+
+def _key_rules(name: str, section: str) -> list[tuple[bool, str]]:
+    """The name of a variable, and not a key, which is not repeated here."""
+    is_name = name.replace("_", "").isalnum() and name.upper() == name and not name[0].isdigit()
+    return [
+        (
+            bool(name) and not is_name,
+            f"{section}.api_key_env must be the name of an environment variable, in capitals, such "
+            "as TEACHER_API_KEY, and not the key itself, which would be kept in the run folder.",
+        )
     ]
 
 

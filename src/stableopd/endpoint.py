@@ -245,7 +245,7 @@ class Endpoint:
         return max(rested, time.monotonic() + pause)
 
     def _seconds_left(self, begin: float, where: str, fault: _PassingError, wakes: float) -> float:
-        """Seconds to wait, until `wakes` or patience is over; says that it waits, but not each time."""
+        """Seconds until `wakes` or the end of patience; says now and then that it waits."""
         with self._lock:
             now = time.monotonic()
             ends = max(begin, self._last_answer) + self.patience_s

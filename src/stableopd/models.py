@@ -33,6 +33,7 @@ __all__ = [
     "offer_hooked_hidden_states",
     "require_head",
     "require_same_tokenizer",
+    "require_same_vocabulary",
     "shared_vocabulary",
     "token_hidden_states",
     "with_adapter",
@@ -271,7 +272,24 @@ def require_same_tokenizer(student: LanguageModel, teacher: LanguageModel) -> No
     Raises:
         ModelError: Their vocabularies differ; names both, and the first token that differs.
     """
-    mine, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    require_same_vocabulary(student.name, student.tokenizer, teacher.name, teacher.tokenizer)
+
+
+def require_same_vocabulary(
+    student: str, student_tokenizer: Any, teacher: str, teacher_tokenizer: Any
+) -> None:
+    """Refuse two tokenizers whose token ids mean different things.
+
+    Args:
+        student: Name of the student.
+        student_tokenizer: Its tokenizer.
+        teacher: Name of the teacher.
+        teacher_tokenizer: Its tokenizer.
+
+    Raises:
+        ModelError: Their vocabularies differ; names both, and the first token that differs.
+    """
+    mine, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if mine == theirs:
         return
     student_token = {i: token for token, i in mine.items()}
@@ -281,7 +299,7 @@ def require_same_tokenizer(student: LanguageModel, teacher: LanguageModel) -> No
         a, b = student_token.get(i), teacher_token.get(i)
         if a != b:
             raise ModelError(
-                f"student {student.name!r} and teacher {teacher.name!r} have different "
+                f"student {student!r} and teacher {teacher!r} have different "
                 f"tokenizers: id {i} is {a!r} for the student and {b!r} for the teacher; "
                 "distillation compares token by token, so use models that share one tokenizer."
             )

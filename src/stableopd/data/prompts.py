@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def load_prompts(
     needs_solution: bool,
     needs_answer: bool,
     max_rows: int = 0,
+    teachers: Collection[str] = (),
 ) -> list[Prompt]:
     """Read and check every row of a data set.
 
@@ -48,6 +50,7 @@ def load_prompts(
         needs_solution: Whether a row without a solution is an error.
         needs_answer: Whether a row without an answer is an error.
         max_rows: Rows to read; 0 reads all.
+        teachers: Names that the column of the teacher may hold; without any it is not read.
 
     Returns:
         The prompts, in the order of the data.
@@ -65,6 +68,8 @@ def load_prompts(
     places: dict[str, str] = {}
     for row in itertools.islice(read_rows(path, split), max_rows or None):
         prompt = _prompt(row, data, needs_solution, needs_answer)
+        if teachers and (name := _teacher(row, data.teacher, teachers)):
+            prompt = dataclasses.replace(prompt, teacher=name)
         if prompt.id in places:
             raise DataError(
                 f"{row.place}: the id {prompt.id!r} was already used in {places[prompt.id]}; "
@@ -136,6 +141,20 @@ def _answer(row: Row, name: str) -> str | None:
             raise DataError(f"{row.place}: column {name!r} is {value}, which is not an answer.")
         return str(value)
     return _text(row, name, value, kind="text or a number")
+
+
+def _teacher(row: Row, name: str, teachers: Collection[str]) -> str | None:
+    value = _reach(row.values, name) if name else None
+    if _is_blank(value):
+        return None
+    teacher = _text(row, name, value)
+    if teacher not in teachers:
+        raise DataError(
+            f"{row.place}: column {name!r} names the teacher {teacher!r}, which teacher.by_name "
+            f"does not have (it has {', '.join(map(repr, sorted(teachers)))}); add its address "
+            "there, or leave the column empty for the default teacher."
+        )
+    return teacher
 
 
 def _is_blank(value: Any) -> bool:

@@ -16,7 +16,7 @@ import transformers
 
 from stableopd import config as configuration
 from stableopd import embedded, models
-from stableopd.config import Config
+from stableopd.config import Config, TeacherConfig
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import Finding
@@ -157,6 +157,13 @@ def settings_of(
         made = made if teacher else _without_teacher(made)
     else:
         made = configuration.parse({}, changes, source="stableopd doctor")
+    if made.teacher.url and not teacher:
+        raise ConfigError(
+            "doctor examines a teacher in this process, and teacher.url names a server; give its "
+            "folder as --teacher. (Training tests a served teacher before its first step.)"
+        )
+    if made.teacher.url:
+        made = dataclasses.replace(made, teacher=TeacherConfig(teacher))
     has_budget = config is not None or is_embedded
     has_budget |= any(change.startswith("rollout.max_new_tokens") for change in changes)
     return Settings(made, config is not None, num_prompts, has_budget)

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor
 
-__all__ = ["Against", "Divergence", "Head"]
+__all__ = ["Against", "Divergence", "Head", "Support"]
+
+# Log-prob of a token of which nothing is known: exp() of it is 0, as of `logprobs.NEVER`.
+UNKNOWN = -1e4
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -73,18 +76,43 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Support:
+    """In place of a head: K log-probs are known at each position, and all others count as never.
+
+    Attributes:
+        num_tokens: V.
+    """
+
+    num_tokens: int
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The known log-probs at their places; `log_distribution` makes their sum one.
+
+        Args:
+            hidden_ND: Ids and then log-probs in nats, (N, 2K); ids in float32 are exact up to 2^24.
+
+        Returns:
+            Logits, (N, V), of the type of what is given; no gradient.
+        """
+        id_NK, logp_NK = hidden_ND.chunk(2, dim=-1)
+        whole_NV = logp_NK.new_full((len(logp_NK), self.num_tokens), UNKNOWN)
+        return whole_NV.scatter(1, id_NK.long(), logp_NK.clamp(min=UNKNOWN))
+
+
+@dataclass(frozen=True)
 class Against:
     """Another model at the same positions, to be scored in the same sweep and compared with.
 
     Attributes:
-        hidden_ND: Hidden states of the other model, (N, D'); no gradient is sent there.
-        head: Its output head.
+        hidden_ND: Hidden states of the other model, (N, D'), or what its `Support` takes; no
+            gradient is sent there.
+        head: Its output head, or what stands in its place.
         compares: Each takes (logp_NV of the scored model, logp_NV of the other) and gives (N,),
             or (N, M) for M numbers that are found together.
         temperature: Temperature of the other model's distribution.
     """
 
     hidden_ND: Tensor
-    head: Head
+    head: Head | Support
     compares: tuple[Divergence, ...] = ()
     temperature: float = 1.0

@@ -96,7 +96,8 @@ def score_tokens(
     """
     vocabulary = head.weight_VD.shape[0]
     is_large = vocabulary >= SWEEP_VOCABULARY and target_N.numel() * vocabulary >= SWEEP_ELEMENTS
-    if chunk_elements == 0 and is_large and all(can_sweep(a.compares) for a in against):
+    sweeps = all(isinstance(a.head, Head) and can_sweep(a.compares) for a in against)
+    if chunk_elements == 0 and is_large and sweeps:
         return score_by_sweep(
             hidden_ND,
             head,

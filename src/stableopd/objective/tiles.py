@@ -25,6 +25,7 @@ class TiledHead:
 
     def __init__(self, model: Against) -> None:
         head, device = model.head, model.hidden_ND.device.type
+        assert isinstance(head, Head)
         mixed = torch.is_autocast_enabled(device)
         self.type = torch.get_autocast_dtype(device) if mixed else head.weight_VD.dtype
         self.tile_type = torch.float64 if self.type == torch.float64 else torch.float32

@@ -10,7 +10,8 @@ from stableopd.data.golden import golden_sequences, num_too_long
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import StopPlan
-from stableopd.types import DataError, Prompt, Sequence
+from stableopd.teacher.server import Item
+from stableopd.types import DataError, Prompt, Rollout, Sequence
 
 __all__ = ["Problems", "load_held_out", "load_train"]
 
@@ -27,11 +28,16 @@ class Problems:
         """What the sampler takes, for the prompts at some places."""
         return [(self.prompts[i].id, self.prompt_ids[i]) for i in places]
 
+    def by_teacher(self, rollouts: Many[Rollout]) -> list[tuple[str | None, Item]]:
+        """What served teachers take: rollouts of these prompts, each with its teacher's name."""
+        names = {prompt.id: prompt.teacher for prompt in self.prompts}
+        return [(names[r.prompt_id], (r.prompt_ids, r.completion_ids)) for r in rollouts]
+
 
 def load_train(
     config: Config,
     student: LanguageModel,
-    teacher: LanguageModel | None,
+    teacher_context: int | None,
     stops: StopPlan,
     needs_golden: bool,
 ) -> tuple[Problems, list[str]]:
@@ -40,7 +46,7 @@ def load_train(
     Args:
         config: The configuration.
         student: The student.
-        teacher: The teacher, which must be able to read them, too; None without one.
+        teacher_context: Longest sequence that the teacher reads; None without a limit.
         stops: Whose label ends a golden solution.
         needs_golden: Whether the golden term is on, or may be turned on by the alarm.
 
@@ -57,10 +63,11 @@ def load_train(
         split="train",
         needs_solution=bool(config.objective.lambda_gold),
         needs_answer=config.objective.advantage == "group_reward",
+        teachers=config.teacher.by_name,
     )
     if needs_golden:
         _require_solutions(config, prompts)
-    ids = _encode(config, student, teacher, prompts, budget)
+    ids = _encode(config, student, teacher_context, prompts, budget)
     if not needs_golden:
         return Problems(prompts, ids, [None] * len(prompts)), []
     golden = golden_sequences(prompts, ids, student.tokenizer, stops.label_id, budget)
@@ -74,14 +81,14 @@ def load_train(
 
 
 def load_held_out(
-    config: Config, student: LanguageModel, teacher: LanguageModel | None
+    config: Config, student: LanguageModel, teacher_context: int | None
 ) -> Problems | None:
     """Read the problems of the evaluation; None without one.
 
     Args:
         config: The configuration.
         student: The student.
-        teacher: The teacher; None without one.
+        teacher_context: Longest sequence that the teacher reads; None without a limit.
 
     Returns:
         The problems, without golden solutions.
@@ -100,18 +107,18 @@ def load_held_out(
         max_rows=config.eval.max_problems,
     )
     budget = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    ids = _encode(config, student, teacher, prompts, budget)
+    ids = _encode(config, student, teacher_context, prompts, budget)
     return Problems(prompts, ids, [None] * len(prompts))
 
 
 def _encode(
     config: Config,
     student: LanguageModel,
-    teacher: LanguageModel | None,
+    teacher_context: int | None,
     prompts: Many[Prompt],
     max_new_tokens: int,
 ) -> list[tuple[int, ...]]:
-    contexts = [m.context for m in (student, teacher) if m is not None and m.context]
+    contexts = [context for context in (student.context, teacher_context) if context]
     return encode_prompts(
         prompts,
         student.tokenizer,

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from stableopd import embedded, models
-from stableopd.config import Config
+from stableopd.config import Config, ObjectiveConfig
 from stableopd.models import LanguageModel
 from stableopd.training.checkpoint import load_adapter
 from stableopd.training.devices import Layout, dtype_of
 from stableopd.training.sharding import shard
 
-__all__ = ["Models", "checkpoint_gradients", "load_models", "share_out"]
+__all__ = ["Models", "checkpoint_gradients", "load_models", "needs_teacher", "share_out"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load_models(
     if s.gradient_checkpointing:
         checkpoint_gradients(student.model)
     teacher = reference = None
-    if (o.lambda_policy and o.advantage != "group_reward") or o.lambda_divergence:
+    if needs_teacher(o) and not t.url:
         teacher = models.load(
             _source(t.model, "teacher"),
             role="teacher",
@@ -93,6 +93,16 @@ def load_models(
         # With an adapter the student's own base is the reference, and no second copy is held.
         reference = student if s.lora_rank else load_student(source, s.gguf_file)
     return Models(student, teacher, reference, initial)
+
+
+def needs_teacher(objective: ObjectiveConfig) -> bool:
+    """Whether a term needs a teacher.
+
+    Args:
+        objective: Weights of the terms, presets filled in.
+    """
+    has_credit = bool(objective.lambda_policy) and objective.advantage != "group_reward"
+    return has_credit or bool(objective.lambda_divergence)
 
 
 def share_out(loaded: Models, layout: Layout, keeps_initial: bool) -> Models:

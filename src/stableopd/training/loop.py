@@ -24,6 +24,7 @@ from stableopd.data.grading import grade
 from stableopd.data.prompts import prompts_of_step
 from stableopd.evaluation import evaluate
 from stableopd.objective.advantage import group_reward
+from stableopd.teacher.server import Judged
 from stableopd.training.checkpoint import restore, restore_initial, save
 from stableopd.training.data import Problems
 from stableopd.training.guard import Event, Guard, ask
@@ -32,7 +33,7 @@ from stableopd.training.ranks import shared
 from stableopd.training.setup import Run, begin, eval_settings, prune
 from stableopd.training.step import step as make_step
 from stableopd.training.terms import Work
-from stableopd.types import Rollout, SamplingSettings, TrainingError
+from stableopd.types import Rollout, SamplingSettings, ServerError, TrainingError
 
 __all__ = ["train"]
 
@@ -54,6 +55,7 @@ def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]
     Raises:
         TrainingError: A loss, gradient or log-prob is not finite. The update was not made, and
             the batch is written to failed/.
+        ServerError: A server is lost; what the steps before made of the student is saved.
         RunFolderError: The run folder can no longer be written.
     """
     with run.ranks.watched():
@@ -69,7 +71,10 @@ def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]
         guard, line = ranks.on_main(functools.partial(_record_start, run, guard, line))
         yield line
     for step in range(run.start_step + 1, config.run.steps + 1):
-        line, rows = _step(run, guard.objective, step)
+        try:
+            line, rows = _step(run, guard.objective, step)
+        except ServerError as error:
+            raise _saved(run, step - 1, error) from None
         is_last = step == config.run.steps
         if run.held_out is not None and (step % config.eval.every == 0 or is_last):
             line |= _evaluation(run, run.held_out)
@@ -85,6 +90,16 @@ def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]
         yield line
         if ends:
             break
+
+
+def _saved(run: Run, step: int, error: ServerError) -> ServerError:
+    """Keep the student of the last step, where the next one could not begin; what to tell."""
+    if step > run.start_step and step not in run.folder.checkpoints():
+        save(run.folder, step, run.student, run.optimizer, run.scheduler, run.ranks)
+    told = f"step {step + 1}: {error}"
+    if step:
+        told += f" The student after step {step} is saved: go on with --resume."
+    return shared(ServerError(told))
 
 
 def _record_start(run: Run, guard: Guard, line: dict[str, Any]) -> tuple[Guard, dict[str, Any]]:
@@ -131,6 +146,7 @@ def _step(
     rollouts = _rollouts(run, places, step)
     correct = _grade(run, places, rollouts)
     rollout_s = time.perf_counter() - start
+    judged, judge_s = _judge(run, rollouts)
     golden = [s for s in (train.golden[i] for i in places) if s is not None]
     golden = golden if objective.lambda_gold else []
     by_id = {train.prompts[i].id: train.prompts[i] for i in places}
@@ -140,6 +156,7 @@ def _step(
         golden,
         _group_rewards(run, correct),
         config.rollout.max_new_tokens,
+        judged,
     )
     learning_rate = run.scheduler.get_last_lr()[0]
     try:
@@ -168,7 +185,7 @@ def _step(
         "objective/lambda_gold": objective.lambda_gold,
         "objective/beta_reference": objective.beta_reference,
         "time/rollout_s": rollout_s,
-        "time/score_s": result.score_s,
+        "time/score_s": judge_s + result.score_s,
         "time/update_s": result.update_s,
         "tokens_per_s": num_tokens / seconds,
     }
@@ -185,6 +202,15 @@ def _rollouts(run: Run, places: list[int], step: int) -> list[Rollout]:
         return run.sampler.sample(
             run.train.named_ids(places), r.rollouts_per_prompt, settings, seed
         )
+
+
+def _judge(run: Run, rollouts: list[Rollout]) -> tuple[list[Judged] | None, float]:
+    """What the teachers that are served say of the rollouts, and the seconds that it took."""
+    if run.served is None:
+        return None, 0.0
+    start = time.perf_counter()
+    judged = run.ranks.spread(run.train.by_teacher(rollouts), run.served.judge)
+    return judged, time.perf_counter() - start
 
 
 def _grade(run: Run, places: list[int], rollouts: list[Rollout]) -> list[bool] | None:

@@ -68,8 +68,9 @@ def _stop_logps(run: Run, rollouts: list[Rollout]) -> StopLogps | None:
     """
     players = run.players
     stopped = [r for r in rollouts if r.stop_reason is StopReason.STOP]
-    if players.teacher is None or not stopped:
+    if (players.teacher is None and run.served is None) or not stopped:
         return None
+    judged = run.served and run.ranks.spread(run.train.by_teacher(stopped), run.served.judge)
     student: list[float] = []
     teacher: list[float] = []
     budget = run.config.optimizer.micro_batch_tokens
@@ -77,8 +78,14 @@ def _stop_logps(run: Run, rollouts: list[Rollout]) -> StopLogps | None:
         batch = collate(group, players.pad_id, players.stop_ids.device)
         with players.autocast():
             hidden_ND = token_hidden_states(players.student, batch)
-            scores = score(players, hidden_ND, batch, [players.teacher.against(batch)])
-        for role, logp_N in (("student", scores.logp_N), ("teacher", scores.others[0].logp_N)):
+            against = [] if players.teacher is None else [players.teacher.against(batch)]
+            scores = score(players, hidden_ND, batch, against)
+        teacher_N = (
+            scores.others[0].logp_N
+            if judged is None
+            else torch.tensor([x for s in group for x in judged[s.index].logps])
+        )
+        for role, logp_N in (("student", scores.logp_N), ("teacher", teacher_N)):
             if not bool(torch.isfinite(logp_N).all()):
                 told = ModelError(
                     f"the {role} gives log-probs that are not finite on the first rollouts, though "
@@ -87,5 +94,5 @@ def _stop_logps(run: Run, rollouts: list[Rollout]) -> StopLogps | None:
                 raise shared(told)
         ends = torch.tensor([len(s.completion_ids) for s in group]).cumsum(0) - 1
         student += scores.logp_N.cpu()[ends].tolist()
-        teacher += scores.others[0].logp_N.cpu()[ends].tolist()
+        teacher += teacher_N.cpu()[ends].tolist()
     return StopLogps(statistics.fmean(student), statistics.fmean(teacher), len(stopped))

@@ -16,6 +16,10 @@ from stableopd.types import ConfigError
 
 __all__ = ["Past", "find_past", "flat"]
 
+# What --resume may change at will: where things are, how long to wait, what the alarm does.
+FREE = ("run.output", "alarm.action", "teacher.url", "teacher.by_name", "teacher.api_key_env")
+FREE += ("teacher.max_in_flight", "teacher.timeout_s", "teacher.patience_s")
+
 
 @dataclass(frozen=True)
 class Past:
@@ -79,16 +83,17 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def _require_same_config(config: Config, folder: RunFolder) -> None:
-    """Refuse to go on with other settings, but for more steps and another alarm.action."""
+    """Refuse to go on with other settings, but for more steps and what is free."""
     before = configuration.parse(
         tomllib.loads(folder.config_text()), source=str(folder.path / "config.toml")
     )
     old, new = flat(before), flat(config)
     for name in sorted(old | new):
         mine, theirs = new.get(name), old.get(name)
-        # The folder may have been moved, and steps may be added.
-        if name in ("run.output", "alarm.action"):
+        # A served teacher may move, but not into this process.
+        if name in FREE and (name != "teacher.url" or bool(mine) == bool(theirs)):
             continue
+        # Steps may be added.
         if mine != theirs and not (name == "run.steps" and new[name] >= old[name]):
             raise ConfigError(
                 f"--resume: {name} is {mine!r}, but the run in {folder.path} has {theirs!r}; use "

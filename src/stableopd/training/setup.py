@@ -25,6 +25,8 @@ from stableopd.rollout.sampler import TransformersSampler
 from stableopd.rollout.stops import StopPlan, plan_stops, stop_ids_of
 from stableopd.runfolder import RunFolder
 from stableopd.teacher.local import FrozenModel
+from stableopd.teacher.selftest import self_test
+from stableopd.teacher.server import ServedTeachers
 from stableopd.training.checkpoint import load_trainer
 from stableopd.training.data import Problems, load_held_out, load_train
 from stableopd.training.devices import Layout, lay_out, make_accelerator
@@ -33,6 +35,7 @@ from stableopd.training.loading import Models, load_models, share_out
 from stableopd.training.ranks import Ranks, shared
 from stableopd.training.resume import Past, find_past, flat
 from stableopd.training.sampling import SpreadSampler
+from stableopd.training.teaching import Teaching, find_teaching, needs_served, served_stop_ids
 from stableopd.training.terms import Players
 from stableopd.types import ConfigError, SamplingSettings
 
@@ -49,8 +52,10 @@ class Run:
         accelerator: Device, precision and trackers.
         ranks: The processes, this one among them.
         student: The student.
-        teacher_tokenizer: The teacher's tokenizer; None without a teacher.
+        teacher_tokenizer: The teacher's tokenizer; None without a teacher, and where it is served
+            and its tokenizer is not at hand.
         players: The models as a step sees them.
+        served: The teachers that are served; None without any.
         stops: Which ids stop, and how stopping is scored.
         sampler: Writes the rollouts.
         eval_sampler: The same student with the batch size of the evaluation.
@@ -73,6 +78,7 @@ class Run:
     student: LanguageModel
     teacher_tokenizer: Any
     players: Players
+    served: ServedTeachers | None
     stops: StopPlan
     sampler: SpreadSampler
     eval_sampler: SpreadSampler
@@ -121,6 +127,7 @@ class _Read:
 
     past: Past
     models: Models
+    teacher: Teaching
     num_tokens: int
     stops: StopPlan
     train: Problems
@@ -152,8 +159,9 @@ def _prepare(config: Config, resume: bool, accelerator: Accelerator, layout: Lay
         accelerator=accelerator,
         ranks=ranks,
         student=student,
-        teacher_tokenizer=None if models.teacher is None else models.teacher.tokenizer,
+        teacher_tokenizer=read.teacher.tokenizer,
         players=_players(config, accelerator, models, read.stops, read.num_tokens),
+        served=read.teacher.served,
         stops=read.stops,
         sampler=sampler(config.rollout.batch_size),
         eval_sampler=sampler(config.eval.batch_size),
@@ -182,12 +190,15 @@ def _read(config: Config, resume: bool, layout: Layout) -> _Read:
     objective, may_raise = past.guard.objective, config.alarm.action in RAISING
     needs_reference = bool(objective.beta_reference) or may_raise
     loaded = load_models(config, layout, past.checkpoint, needs_reference)
-    student, teacher = loaded.student, loaded.teacher
-    num_tokens, stops = _agree(config, student, teacher)
+    student = loaded.student
+    num_tokens, stops = _agree(config, student, loaded.teacher)
+    teacher = find_teaching(config, student, loaded.teacher, stops, num_tokens)
     needs_golden = bool(objective.lambda_gold) or may_raise
-    train, notes = load_train(config, student, teacher, stops, needs_golden)
-    held_out = load_held_out(config, student, teacher)
-    return _Read(past, loaded, num_tokens, stops, train, held_out, notes)
+    train, notes = load_train(config, student, teacher.context, stops, needs_golden)
+    held_out = load_held_out(config, student, teacher.context)
+    if teacher.served is not None:
+        notes += self_test(teacher.served, student.tokenizer, train.prompt_ids)
+    return _Read(past, loaded, teacher, num_tokens, stops, train, held_out, notes)
 
 
 def _facts(config: Config, read: _Read) -> dict[str, Any]:
@@ -214,7 +225,8 @@ def begin(run: Run) -> None:
     run.ranks.on_main(lambda: _open_folder(run))
     if run.config.run.trackers:
         # Trackers take no lists.
-        fields = {k: str(v) if isinstance(v, list) else v for k, v in flat(run.config).items()}
+        told = flat(run.config).items()
+        fields = {k: str(v) if isinstance(v, list | dict) else v for k, v in told}
         run.accelerator.init_trackers("stableopd", config=fields)
 
 
@@ -249,14 +261,18 @@ def _agree(
 ) -> tuple[int, StopPlan]:
     """The vocabulary that student and teacher share, and how their stops are scored."""
     num_tokens = models.shared_vocabulary(student, teacher)
+    if needs_served(config):
+        # Rows beyond the tokenizer's ids are padding, which the server may not have.
+        num_tokens = min(num_tokens, max(student.tokenizer.get_vocab().values()) + 1)
     if config.objective.top_k > num_tokens:
         raise ConfigError(
             f"objective.top_k = {config.objective.top_k} is larger than the vocabulary of "
             f"{num_tokens} tokens; lower it."
         )
+    served_ids = served_stop_ids(config.teacher) if needs_served(config) else None
     stops = plan_stops(
         stop_ids_of(student.model, student.tokenizer),
-        None if teacher is None else stop_ids_of(teacher.model, teacher.tokenizer),
+        served_ids if teacher is None else stop_ids_of(teacher.model, teacher.tokenizer),
         student.tokenizer.eos_token_id,
         config.objective.stop,
         num_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +16,10 @@ from torch import Tensor
 from stableopd.config import ObjectiveConfig
 from stableopd.models import head_of, token_hidden_states
 from stableopd.objective import advantage, divergence, loss
-from stableopd.objective.heads import Against, Head
+from stableopd.objective.heads import Against, Head, Support
 from stableopd.objective.logprobs import score_tokens
 from stableopd.teacher.local import FrozenModel
+from stableopd.teacher.server import Judged
 from stableopd.types import Batch, Rollout, Scores, Sequence, StopReason, TrainingError
 
 __all__ = ["Players", "Tally", "Work", "golden_term", "merged", "rollout_terms", "score"]
@@ -40,7 +41,8 @@ class Players:
     Attributes:
         student: The model that is trained.
         num_tokens: Size of the vocabulary that all of them share.
-        teacher: Scores the student's tokens; None for methods without one.
+        teacher: Scores the student's tokens in this process; None for methods without one, and
+            where it is served, as what it says is then in the `Work`.
         reference: The student as it was at the start; None where no term can need it. It is not
             scored while objective.beta_reference is 0.
         stop_ids: Ids that end a completion, (E,).
@@ -138,6 +140,7 @@ class Work:
         golden: Golden solutions of the same prompts.
         rewards: Advantage of each rollout from `group_reward`; None for the log-ratio forms.
         max_length: The length that the aggregation "constant" divides by.
+        judged: What a served teacher says of each rollout; None without one.
     """
 
     objective: ObjectiveConfig
@@ -145,6 +148,7 @@ class Work:
     golden: Many[Sequence]
     rewards: Tensor | None
     max_length: int
+    judged: Many[Judged] | None = None
 
     def num_policy_tokens(self, rollout: Rollout) -> int:
         """Tokens of a rollout that the policy term counts."""
@@ -220,6 +224,8 @@ def rollout_terms(
     against: list[Against] = []
     if players.teacher is not None:
         against.append(players.teacher.against(batch, *_teacher_compares(objective)))
+    elif work.judged is not None and objective.lambda_divergence:
+        against.append(_known(work.judged, batch, players.num_tokens, objective))
     if constraint is not None:
         compares = (divergence.reverse_kl,) if objective.reference_kl == "exact" else ()
         against.append(constraint.against(batch, *compares))
@@ -227,7 +233,7 @@ def rollout_terms(
     with players.autocast():
         scores = score(players, token_hidden_states(players.student, batch), batch, against)
     others = iter(scores.others)
-    teacher = next(others) if players.teacher is not None else None
+    teacher = _opinion(players, work, batch, others, scores.logp_N)
     reference = next(others) if constraint is not None else None
     old_N = scores.logp_N.detach()
     if old_logps is not None:
@@ -248,8 +254,10 @@ def rollout_terms(
         value_N = _reference_value(objective.reference_kl, scores.logp_N, reference)
         terms["reference_kl"] = work.mean("reference", value_N, everywhere_N, batch.row_N)
     if objective.lambda_divergence and teacher is not None:
-        value_N = teacher.comparisons[-1]
-        terms["divergence"] = work.mean("divergence", value_N, everywhere_N, batch.row_N)
+        assert teacher.divergence_N is not None
+        terms["divergence"] = work.mean(
+            "divergence", teacher.divergence_N, everywhere_N, batch.row_N
+        )
     return terms
 
 
@@ -274,6 +282,53 @@ def golden_term(players: Players, work: Work, batch: Batch) -> Tensor:
     return work.mean("golden", value_N, mask_N, batch.row_N)
 
 
+@dataclass(frozen=True)
+class _Opinion:
+    """The teacher's log-probs of a batch's tokens, and its divergence from the student.
+
+    `whole` holds what needs its distribution over the vocabulary: None where it is served.
+    """
+
+    logp_N: Tensor
+    divergence_N: Tensor | None
+    whole: Scores | None
+
+
+def _opinion(
+    players: Players, work: Work, batch: Batch, others: Iterator[Scores], like_N: Tensor
+) -> _Opinion | None:
+    """What the teacher says, wherever it is; `others` were scored beside the student."""
+    if players.teacher is not None:
+        whole = next(others)
+        return _Opinion(whole.logp_N, whole.comparisons[-1], whole)
+    if work.judged is None:
+        return None
+    logp_N = like_N.new_tensor([x for s in batch.sequences for x in work.judged[s.index].logps])
+    divergence_N = next(others).comparisons[0] if work.objective.lambda_divergence else None
+    return _Opinion(logp_N, divergence_N, None)
+
+
+def _known(
+    judged: Many[Judged], batch: Batch, num_tokens: int, objective: ObjectiveConfig
+) -> Against:
+    """A served teacher's likeliest tokens at a batch's positions, for the divergence on them."""
+    ids_NK = [row for s in batch.sequences for row in judged[s.index].top_ids]
+    logps_NK = [row for s in batch.sequences for row in judged[s.index].top_logps]
+    known = torch.tensor(ids_NK, dtype=torch.float32), torch.tensor(logps_NK, dtype=torch.float32)
+    return Against(
+        torch.cat(known, dim=-1).to(batch.target_N.device),
+        Support(num_tokens),
+        (_divergence_of(objective),),
+    )
+
+
+def _divergence_of(objective: ObjectiveConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    chosen = DIVERGENCES[objective.divergence]
+    if objective.top_k:
+        return functools.partial(divergence.on_top_k, chosen, k=objective.top_k)
+    return chosen
+
+
 def _teacher_compares(objective: ObjectiveConfig) -> list[Callable[[Tensor, Tensor], Tensor]]:
     """Agreement of the top-k sets; the baseline's KL if asked for; last, gkd's divergence."""
     compares: list[Callable[[Tensor, Tensor], Tensor]] = [
@@ -282,10 +337,7 @@ def _teacher_compares(objective: ObjectiveConfig) -> list[Callable[[Tensor, Tens
     if objective.baseline == "kl":
         compares.append(divergence.detached_reverse_kl)
     if objective.lambda_divergence:
-        chosen = DIVERGENCES[objective.divergence]
-        if objective.top_k:
-            chosen = functools.partial(divergence.on_top_k, chosen, k=objective.top_k)
-        compares.append(chosen)
+        compares.append(_divergence_of(objective))
     return compares
 
 
@@ -297,7 +349,7 @@ def _reference_value(kind: str, logp_N: Tensor, reference: Scores) -> Tensor:
 
 
 def _advantage(
-    work: Work, batch: Batch, old_N: Tensor, teacher: Scores | None, reference: Scores | None
+    work: Work, batch: Batch, old_N: Tensor, teacher: _Opinion | None, reference: Scores | None
 ) -> Tensor:
     """The advantage of each token, with the control variate and the k1 reward folded in."""
     objective = work.objective
@@ -311,8 +363,8 @@ def _advantage(
             old_N,
             objective.advantage_parameter,
         )
-        if objective.baseline == "kl":
-            advantage_N = advantage_N + teacher.comparisons[1]
+        if objective.baseline == "kl" and teacher.whole is not None:
+            advantage_N = advantage_N + teacher.whole.comparisons[1]
     else:
         raise TrainingError("the policy term has neither a teacher nor rewards.")
     if reference is not None and objective.reference_kl == "k1":
@@ -322,7 +374,7 @@ def _advantage(
 
 
 def _record(
-    tally: Tally, batch: Batch, scores: Scores, teacher: Scores | None, num_rollouts: int
+    tally: Tally, batch: Batch, scores: Scores, teacher: _Opinion | None, num_rollouts: int
 ) -> None:
     tally.num_tokens += batch.target_N.numel()
     tally.add_tokens("student", batch, scores.logp_N, num_rollouts)
@@ -331,7 +383,9 @@ def _record(
         if not bool(torch.isfinite(teacher.logp_N).all()):
             tally.fault = "the teacher gave a log-prob that is not finite; check its weights."
         tally.add_tokens("teacher", batch, teacher.logp_N, num_rollouts)
-        tally.add_sum("entropy/teacher", teacher.entropy_N)
-        tally.add_sum("entropy/gap", (teacher.entropy_N - scores.entropy_N).abs())
-        tally.add_sum("overlap/ratio", teacher.comparisons[0][:, 0])
-        tally.add_sum("overlap/advantage", teacher.comparisons[0][:, 1])
+    if teacher is not None and teacher.whole is not None:
+        whole = teacher.whole
+        tally.add_sum("entropy/teacher", whole.entropy_N)
+        tally.add_sum("entropy/gap", (whole.entropy_N - scores.entropy_N).abs())
+        tally.add_sum("overlap/ratio", whole.comparisons[0][:, 0])
+        tally.add_sum("overlap/advantage", whole.comparisons[0][:, 1])
