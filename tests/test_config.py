@@ -122,7 +122,6 @@ def test_choices(name):
 
 
 def test_reserved_names_say_that_this_version_cannot():
-    assert "teacher.url is reserved" in refused(teacher={"url": "http://localhost:8000/v1"})
     assert "generates with transformers alone" in refused(rollout={"engine": "vllm"})
 
 

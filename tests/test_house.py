@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runfolder": MATHS,
     "embedded": MODELS | {"data"},
     "evaluation": MODELS | DATA,
-    "training": MODELS | DATA | {"evaluation", "__init__"},
+    "training": MODELS | DATA | {"endpoint", "evaluation", "__init__"},
     "report": FOUNDATION | {"runfolder", "diagnostics"},
     "terminal": FOUNDATION,
     "integrations": MATHS | {"runfolder"},
@@ -49,8 +49,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnose": MATHS | {"runfolder", "integrations", "report", "terminal"},
     "doctor": MODELS | DATA | {"training", "terminal"},
     "evaluate": MODELS | DATA | {"evaluation", "report", "terminal", "training"},
+    "offline": MODELS | DATA | {"endpoint", "evaluate", "training"},
     "demo": FOUNDATION | {"__init__", "diagnose", "embedded", "runfolder", "report", "terminal"},
+    "cli_offline": FOUNDATION | {"offline"},
     "cli": FOUNDATION
+    | {"cli_offline"}
     | {"__init__", "runfolder", "report", "terminal", "demo", "training", "evaluation", "rollout"}
     | {"diagnose", "diagnostics", "doctor", "evaluate"},
     "__main__": {"cli"},

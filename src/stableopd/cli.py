@@ -1,4 +1,4 @@
-"""The command line: `stableopd train | eval | demo | diagnose | doctor | compare | report`."""
+"""The command line: `stableopd train | eval | demo | diagnose | doctor | ...`, here and beside."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stableopd.cli_offline import golden, score
 from stableopd.types import ConfigError, StableOPDError
 
 if TYPE_CHECKING:
@@ -237,6 +238,10 @@ def evaluate(
         ratio=ratio,
     )
     raise typer.Exit(run_eval(settings, output, as_json))
+
+
+app.command()(score)
+app.command()(golden)
 
 
 @app.command()

@@ -345,9 +345,9 @@ def _section(source: str, name: str, cls: type, values: dict[str, Any]) -> Any:
 
 def _typed(source: str, name: str, hint: Any, value: Any) -> Any:
     if isinstance(hint, types.UnionType):
-        if str in typing.get_args(hint) and isinstance(value, str):
-            value = [value] if value else []  # one text stands for a list of one
         hint = typing.get_args(hint)[0]
+        if typing.get_origin(hint) is tuple and isinstance(value, str):
+            value = [value] if value else []  # one text stands for a list of one
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if typing.get_origin(hint) is dict:

@@ -11,7 +11,7 @@ from stableopd.types import ConfigError
 if TYPE_CHECKING:
     from stableopd.config import Config
 
-__all__ = ["RAISING", "check", "url_fault"]
+__all__ = ["RAISING", "check", "key_fault", "url_fault"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": ("auto", "cpu", "cuda", "mps"),
@@ -174,6 +174,24 @@ def url_fault(url: str) -> str:
     return ""
 
 
+def key_fault(name: str) -> str:
+    """What is wrong with the name of a key's environment variable, without repeating it.
+
+    Args:
+        name: The name; "" is none.
+
+    Returns:
+        How the sentence "the field NAME ..." goes on, or "".
+    """
+    is_name = name.isascii() and name.replace("_", "a").isalnum() and name.upper() == name
+    if not name or (is_name and not name[0].isdigit()):
+        return ""
+    return (
+        "must be the name of an environment variable, in capitals, such as TEACHER_API_KEY, and "
+        "not the key itself, which would be kept in files."
+    )
+
+
 def _term_rules(config: Config) -> list[tuple[bool, str]]:
     o = config.objective
     policy, divergence = bool(o.lambda_policy), bool(o.lambda_divergence)
@@ -296,7 +314,7 @@ def _served_rules(config: Config) -> list[tuple[bool, str]]:
     ]
     return [
         *faults,
-        *_key_rules(t.api_key_env, "teacher"),
+        (bool(key_fault(t.api_key_env)), f"teacher.api_key_env {key_fault(t.api_key_env)}"),
         (
             not is_served and bool(t.by_name or t.tokenizer or t.stop_ids or t.api_key_env),
             "teacher.by_name, tokenizer, stop_ids and api_key_env belong to a served teacher; "
@@ -326,18 +344,6 @@ def _served_rules(config: Config) -> list[tuple[bool, str]]:
             "teacher.url and objective.stop = 'event': a server does not say what the teacher "
             "stops with; give its folder as teacher.tokenizer, or its ids as teacher.stop_ids.",
         ),
-    ]
-
-
-def _key_rules(name: str, section: str) -> list[tuple[bool, str]]:
-    """The name of a variable, and not a key, which is not repeated here."""
-    is_name = name.replace("_", "").isalnum() and name.upper() == name and not name[0].isdigit()
-    return [
-        (
-            bool(name) and not is_name,
-            f"{section}.api_key_env must be the name of an environment variable, in capitals, such "
-            "as TEACHER_API_KEY, and not the key itself, which would be kept in the run folder.",
-        )
     ]
 
 

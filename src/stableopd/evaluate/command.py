@@ -10,27 +10,25 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import transformers
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stableopd import embedded, models
 from stableopd.config import Config, DataConfig, load
 from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.evaluate.loading import load_model
 from stableopd.evaluate.measure import answer, num_together, summarise
 from stableopd.evaluate.settings import MAX_NEW_TOKENS, Settings, check, names_of
 from stableopd.evaluate.store import Store, fingerprint
 from stableopd.models import LanguageModel
 from stableopd.rollout.sampler import TransformersSampler
 from stableopd.rollout.stops import stop_ids_of
-from stableopd.runfolder.files import read_object
 from stableopd.terminal import table
 from stableopd.training.devices import dtype_of, make_accelerator, require_one_process
-from stableopd.types import ConfigError, ModelError, Prompt
+from stableopd.types import ConfigError, Prompt
 
 __all__ = ["run_eval"]
 
-EMBEDDED = {"embedded": "student", "embedded-teacher": "teacher"}
 PLAIN_INTERVAL_S = 30.0
 
 
@@ -63,7 +61,7 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
     with console.status("loading the model") if console.is_terminal else nullcontext():
         one = require_one_process(make_accelerator(settings.device, "float32", (), output), "eval")
         dtype = dtype_of(settings.dtype, "teacher", one.device)
-        model, files = _load(settings, dtype, one.device)
+        model, weights = load_model(settings.model, settings.gguf_file, dtype, one.device, "eval")
     encoded = _encode(sets, model, settings)
     budget = settings.max_new_tokens or _budget(encoded, model)
     for name, of in sets.items():
@@ -72,7 +70,7 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
         **{k: v for k, v in dataclasses.asdict(settings).items() if k not in ("data", "device")},
         "max_new_tokens": budget,
         "dtype": str(dtype).removeprefix("torch."),
-        "weights": fingerprint(files) if files else _commit(model),
+        "weights": weights,
     }
     told = {
         name: {
@@ -124,38 +122,6 @@ def _read(source: str, settings: Settings) -> _Set:
 
 def _demo() -> Config:
     return load(embedded.path("demo"))
-
-
-def _load(settings: Settings, dtype: Any, device: Any) -> tuple[LanguageModel, list[Path]]:
-    """The model, and the files that it was made of; none for one of the hub."""
-    source, name = settings.model, EMBEDDED.get(settings.model)
-    folder = embedded.path(name) if name else Path(source)
-    adapter = folder / "adapter_config.json"
-    transformers.logging.set_verbosity_error()
-    if not adapter.is_file():
-        model = models.load(
-            str(folder) if name else source,
-            role="eval",
-            dtype=dtype,
-            device=device,
-            gguf_file=settings.gguf_file,
-        )
-        return model, _weights(folder)
-    base = read_object(adapter).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{adapter}: names no base_model_name_or_path; add the base model to it.")
-    model = models.load(str(base), role="eval", dtype=dtype, device=device)
-    model = models.with_adapter(model, folder)
-    return model, [*_weights(folder), *_weights(Path(base))]
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The weight files of a folder; none where it is not one."""
-    return sorted(p for kind in ("*.safetensors", "*.gguf") for p in folder.glob(kind))
-
-
-def _commit(model: LanguageModel) -> str:
-    return str(getattr(model.model.config, "_commit_hash", None))
 
 
 def _encode(

@@ -253,7 +253,8 @@ def find_model(endpoint: Endpoint, wanted: str) -> tuple[str, int | None]:
     contexts: list[int] = []
     name = wanted
     for url in endpoint.urls:
-        cards = [card for card in endpoint.get("/models", url).get("data") or () if card.get("id")]
+        data = endpoint.get("/models", url).get("data")
+        cards = [card for card in data if card.get("id")] if isinstance(data, list) else []
         # An adapter names its base as its parent, and another name of a model shares its root.
         bases = [card for card in cards if not card.get("parent")]
         names = [str(card["id"]) for card in cards]

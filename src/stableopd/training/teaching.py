@@ -80,8 +80,8 @@ def open_endpoint(teacher: TeacherConfig, urls: Many[str], name: str) -> Endpoin
     key = os.environ.get(teacher.api_key_env) if teacher.api_key_env else None
     if teacher.api_key_env and not key:
         raise ConfigError(
-            f"teacher.api_key_env = {teacher.api_key_env!r}: there is no such environment "
-            "variable; set it to the server's key, or leave the field out."
+            f"the environment variable {teacher.api_key_env!r}, which is to hold the key of the "
+            "teacher's server, is not set; set it, or name none."
         )
     return Endpoint(
         urls,

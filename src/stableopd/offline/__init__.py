@@ -1,0 +1,1 @@
+"""A teacher without a training: it scores rollouts that are there, or writes golden solutions."""

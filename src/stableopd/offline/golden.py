@@ -1,0 +1,310 @@
+"""`stableopd golden`: solutions that the teacher writes, for the golden term.
+
+Each prompt is answered N times. The first answer that ended with a stop, and with `--verified` was
+right, is its solution. FILE.attempts.jsonl has a line for each prompt that was tried, in order, and
+FILE is made from it: it is whole at any time, and a kill loses the prompts that were being tried.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import track
+
+from stableopd import embedded
+from stableopd.config import DataConfig, load
+from stableopd.data.grading import grade
+from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.evaluate.store import fingerprint
+from stableopd.models import LanguageModel, shared_vocabulary
+from stableopd.offline.journal import Journal
+from stableopd.offline.source import Opened, Source, open_source
+from stableopd.rollout.sampler import TransformersSampler
+from stableopd.runfolder.files import json_line, write_bytes
+from stableopd.types import (
+    ConfigError,
+    DataError,
+    Prompt,
+    RunFolderError,
+    SamplingSettings,
+    ServerError,
+    StopReason,
+)
+
+__all__ = ["Asked", "run_golden"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the teacher.
+
+    Attributes:
+        num_samples: N, answers to each prompt.
+        is_verified: Whether a solution must be right, by the prompt's answer.
+        temperature: Of sampling; 0 takes the likeliest token.
+        top_p: Of sampling.
+        max_new_tokens: Longest answer.
+        seed: Of sampling.
+        batch_size: Answers that a local teacher writes at once.
+        grader: "math", "exact", or "auto": exact for the embedded problems, else math.
+        answer_marker: What stands before the answer, for "exact".
+        chat_template: Whether prompts go through the teacher's chat template.
+        prompt_column: Column with the prompt.
+        answer_column: Column with the answer.
+        max_problems: Prompts, from the beginning; 0 takes all.
+    """
+
+    num_samples: int = 1
+    is_verified: bool = False
+    temperature: float = 0.7  # untuned
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    seed: int = 0
+    batch_size: int = 64
+    grader: str = "auto"
+    answer_marker: str = ""
+    chat_template: bool = True
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    max_problems: int = 0
+
+
+# A text, and whether it ended with a stop.
+Answer = tuple[str, bool]
+
+
+class _Writer(Protocol):
+    num_together: int
+
+    def write(self, prompts: Sequence[Prompt], asked: Asked, start: int) -> list[list[Answer]]: ...
+
+
+def run_golden(source: Source, data: str, output: Path, asked: Asked) -> int:
+    """Let a teacher write solutions, or go on where a kill left it.
+
+    Args:
+        source: The teacher.
+        data: Prompts: a .jsonl or .parquet file, a folder, or "embedded".
+        output: The file to write: prompts with solutions, as training reads them.
+        asked: What is asked of the teacher.
+
+    Returns:
+        0, or 130 after Ctrl-C; what was written is kept.
+
+    Raises:
+        StableOPDError: A setting is impossible; teacher, data or output cannot be used.
+    """
+    _check(asked)
+    columns = DataConfig(prompt=asked.prompt_column, answer=asked.answer_column, solution="")
+    prompts = load_prompts(
+        data,
+        columns,
+        split="train",
+        needs_solution=False,
+        needs_answer=asked.is_verified,
+        max_rows=asked.max_problems,
+    )
+    grader = _grader(asked, data)
+    teacher = open_source(source, "golden")
+    settings = {
+        "command": "golden",
+        "teacher": teacher.name,
+        "weights": teacher.weights,
+        "stop_ids": list(teacher.stop_ids or ()),
+        "prompts": fingerprint(prompts),
+        **asdict(asked),
+    }
+    attempts = output.with_name(f"{output.name}.attempts.jsonl")
+    if output.exists() and not attempts.exists():
+        raise RunFolderError(
+            f"{output} is there and was not made by this command ({attempts.name} is missing); "
+            "choose another --output."
+        )
+    journal = Journal(attempts, settings)
+    writer: _Writer
+    if teacher.local is not None:
+        writer = _LocalWriter(teacher.local, teacher.stop_ids or (), asked)
+    else:
+        writer = _ServedWriter(teacher, source.max_in_flight)
+    try:
+        _write_all(journal, writer, prompts, asked, grader)
+    except KeyboardInterrupt:
+        print("Interrupted; what was written is kept. The same command goes on.")
+        return 130
+    finally:
+        kept = _publish(output, journal, prompts)
+    what = "ended with a stop and was right" if asked.is_verified else "ended with a stop"
+    print(
+        f"{kept} of {len(prompts)} prompts have a solution; for the others no answer of "
+        f"{asked.num_samples} {what}: {output}"
+    )
+    return 0
+
+
+def _check(asked: Asked) -> None:
+    if asked.grader not in ("auto", "math", "exact"):
+        raise ConfigError(f"--grader {asked.grader}: choose from auto, math, exact.")
+    if not 0 <= asked.temperature <= 100:
+        raise ConfigError(f"--temperature {asked.temperature}: give a number from 0 on.")
+    if not 0 < asked.top_p <= 1:
+        raise ConfigError(f"--top-p {asked.top_p}: give a number above 0 and up to 1.")
+    if not asked.temperature and asked.num_samples > 1:
+        raise ConfigError(
+            f"--temperature 0 writes the same answer {asked.num_samples} times; give -k 1 or a "
+            "temperature above 0."
+        )
+
+
+def _grader(asked: Asked, data: str) -> tuple[str, str]:
+    if asked.grader == "auto" and data == "embedded":
+        return "exact", load(embedded.path("demo")).data.answer_marker
+    return ("math" if asked.grader == "auto" else asked.grader), asked.answer_marker
+
+
+def _write_all(
+    journal: Journal,
+    writer: _Writer,
+    prompts: Sequence[Prompt],
+    asked: Asked,
+    grader: tuple[str, str],
+) -> None:
+    num_rows, together = len(journal.rows()), writer.num_together
+    done = num_rows if num_rows >= len(prompts) else num_rows - num_rows % together
+    if done != num_rows:
+        journal.keep(done)  # what is drawn together is written together
+    console = Console(stderr=True)
+    starts = range(done, len(prompts), together)
+    for start in track(starts, "writing", console=console, disable=not console.is_terminal):
+        part = prompts[start : start + together]
+        for prompt, answers in zip(part, writer.write(part, asked, start), strict=True):
+            journal.add([_row(prompt, answers, asked, grader)])
+
+
+def _row(
+    prompt: Prompt, answers: list[Answer], asked: Asked, grader: tuple[str, str]
+) -> dict[str, Any]:
+    """What came of a prompt; `solution` is None where no answer will do."""
+    ended = [text for text, has_ended in answers if has_ended and text.strip()]
+    right = [
+        text for text in ended if asked.is_verified and grade(text, prompt.answer or "", *grader)
+    ]
+    chosen = right if asked.is_verified else ended
+    return {
+        "id": prompt.id,
+        "num_samples": len(answers),
+        "num_ended": len(ended),
+        "num_correct": len(right) if asked.is_verified else None,
+        "solution": chosen[0] if chosen else None,
+    }
+
+
+def _publish(output: Path, journal: Journal, prompts: Sequence[Prompt]) -> int:
+    """Write the prompts that have a solution so far; how many there are."""
+    lines: list[bytes] = []
+    for prompt, row in zip(prompts, journal.rows(), strict=False):
+        if row["solution"] is None:
+            continue
+        line = {"id": prompt.id, "prompt": _plain(prompt), "solution": row["solution"]}
+        if prompt.answer is not None:
+            line["answer"] = prompt.answer
+        lines.append(json_line(line))
+    write_bytes(output, lines)
+    return len(lines)
+
+
+def _plain(prompt: Prompt) -> Any:
+    if isinstance(prompt.prompt, str):
+        return prompt.prompt
+    return [{"role": m.role, "content": m.content} for m in prompt.prompt]
+
+
+class _LocalWriter:
+    """Answers of a model in this process."""
+
+    def __init__(self, model: LanguageModel, stop_ids: Sequence[int], asked: Asked) -> None:
+        vocabulary = shared_vocabulary(model, None)
+        self.num_together = max(1, asked.batch_size // asked.num_samples)
+        self._model = model
+        self._sampler = TransformersSampler(
+            model.model, model.tokenizer, stop_ids, vocabulary, asked.batch_size
+        )
+
+    def write(self, prompts: Sequence[Prompt], asked: Asked, start: int) -> list[list[Answer]]:
+        """N answers to each prompt; draws follow from the seed and the place of the first."""
+        template, k = "auto" if asked.chat_template else "none", asked.num_samples
+        tokenizer, budget = self._model.tokenizer, asked.max_new_tokens
+        ids = encode_prompts(prompts, tokenizer, template, 2**62, self._model.context, budget)
+        drawn = self._sampler.sample(
+            [(prompt.id, own) for prompt, own in zip(prompts, ids, strict=True)],
+            k,
+            SamplingSettings(budget, asked.temperature, asked.top_p),
+            _seed(asked, start),
+        )
+        answers = [(r.completion, r.stop_reason is StopReason.STOP) for r in drawn]
+        return [answers[n : n + k] for n in range(0, len(answers), k)]
+
+
+class _ServedWriter:
+    """Answers of a served model, which puts chats through its own template."""
+
+    def __init__(self, teacher: Opened, max_in_flight: int) -> None:
+        assert teacher.endpoint is not None
+        self._endpoint, self._name = teacher.endpoint, teacher.name
+        self._stop_ids = teacher.stop_ids
+        self.num_together = 2 * max_in_flight
+
+    def write(self, prompts: Sequence[Prompt], asked: Asked, start: int) -> list[list[Answer]]:
+        """N answers to each prompt."""
+        path = "/chat/completions" if asked.chat_template else "/completions"
+        bodies = [self._body(prompt, asked, start + i) for i, prompt in enumerate(prompts)]
+        return [self._answers(a, asked) for a in self._endpoint.post_all(path, bodies)]
+
+    def _body(self, prompt: Prompt, asked: Asked, place: int) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self._name,
+            "n": asked.num_samples,
+            "temperature": asked.temperature,
+            "top_p": asked.top_p,
+            "max_tokens": asked.max_new_tokens,
+            "seed": _seed(asked, place),
+        }
+        if self._stop_ids:
+            body["stop_token_ids"] = list(self._stop_ids)
+        if asked.chat_template:
+            turns = _plain(prompt)
+            one = [{"role": "user", "content": turns}]
+            return {**body, "messages": one if isinstance(turns, str) else turns}
+        if not isinstance(prompt.prompt, str):
+            raise DataError(
+                f"prompt {prompt.id}: a list of messages, which needs the chat template; leave "
+                "--no-chat-template out."
+            )
+        return {**body, "prompt": prompt.prompt}
+
+    def _answers(self, answer: dict[str, Any], asked: Asked) -> list[Answer]:
+        try:
+            found = [
+                (
+                    str((c["message"]["content"] if asked.chat_template else c["text"]) or ""),
+                    c["finish_reason"] == "stop",
+                )
+                for c in answer["choices"]
+            ]
+        except (LookupError, TypeError):
+            found = []
+        if len(found) != asked.num_samples:
+            raise ServerError(
+                f"{self._endpoint.name}: {self._endpoint.urls[0]} gave {len(found)} of the "
+                f"{asked.num_samples} answers that were asked for; it must take n."
+            )
+        return found
+
+
+def _seed(asked: Asked, place: int) -> int:
+    # Text as a seed is hashed in full, so neighbouring prompts are unrelated.
+    return random.Random(f"golden {asked.seed} {place}").getrandbits(31)

@@ -1,0 +1,199 @@
+"""`stableopd score` and `stableopd golden`, local and served."""
+
+import json
+
+import pytest
+
+from fault_server import serving
+from served_parts import vllm_like
+from tiny import (
+    EOS,
+    make_llama,
+    make_tokenizer,
+    make_world,
+    run_cli,
+    write_config,
+    write_rows,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = make_world(tmp_path_factory.mktemp("offline") / "w")
+    assert run_cli("train", write_config(folder, run={"output": str(folder / "run")}))[0] == 0
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def score(world, output, *arguments):
+    return run_cli("score", "--rollouts", world / "run", "--output", output, *arguments)
+
+
+def test_score_is_what_the_training_wrote(world, tmp_path):
+    code, out, err = score(world, tmp_path / "s.jsonl", "--model", world / "teacher")
+    assert code == 0, err
+    files = sorted((world / "run/rollouts").glob("*.jsonl"))
+    expected = [line for file in files for line in lines(file)]
+    found = lines(tmp_path / "s.jsonl")
+    assert len(found) == len(expected) == 16
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.pop("teacher_logprobs") == pytest.approx(
+            theirs.pop("teacher_logprobs"), abs=2e-5
+        )
+        assert mine == theirs
+    assert "16 rollouts" in out
+
+
+def test_score_by_a_server_goes_on_after_a_kill(world, tmp_path):
+    with serving(vllm_like(make_llama(1, width=48, sharp=8))) as server:
+        served = ("--url", server.url, "--patience-s", "0")
+        output = tmp_path / "s.jsonl"
+        code, _, err = score(world, output, *served)
+        assert code == 0, err
+        whole = output.read_bytes()
+        cut = whole.split(b"\n")
+        output.write_bytes(b"\n".join(cut[:5]) + b"\n" + cut[5][:20])
+        num_asked = len(server.asked)
+        assert score(world, output, *served)[0] == 0
+        assert output.read_bytes() == whole
+        assert len(server.asked) - num_asked < num_asked
+        code, _, err = score(world, output, *served, "--stop", "token")
+        assert code == 2
+        assert "made with stop = 'event', and this is 'token'" in err
+    code, _, _ = score(world, tmp_path / "l.jsonl", "--model", world / "teacher")
+    for mine, theirs in zip(lines(output), lines(tmp_path / "l.jsonl"), strict=True):
+        assert mine["teacher_logprobs"] == pytest.approx(theirs["teacher_logprobs"], abs=1e-4)
+
+
+def test_score_of_texts(world, tmp_path):
+    """Text without ids gets ids, and the scores that its ids have."""
+    tokenizer = make_tokenizer()
+
+    def is_text(row):
+        ids = tokenizer(row["completion"])["input_ids"]
+        return row["completion_ids"] == ids + [EOS] * (row["stop_reason"] == "stop")
+
+    files = sorted((world / "run/rollouts").glob("*.jsonl"))
+    first = next(row for file in files for row in lines(file) if is_text(row))
+    keep = ("prompt", "completion", "stop_reason")
+    texts = write_rows(tmp_path / "texts.jsonl", [{k: first[k] for k in keep}])
+    output = tmp_path / "out.jsonl"
+    code, _, err = run_cli(
+        "score", "--rollouts", texts, "--output", output, "--model", world / "teacher"
+    )
+    assert code == 0, err
+    (line,) = lines(output)
+    for name in ("prompt_ids", "completion_ids"):
+        assert line[name] == first[name]
+    assert line["teacher_logprobs"] == pytest.approx(first["teacher_logprobs"], abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt_ids": [3], "completion_ids": ["x"]}, "line 1: completion_ids must be a list"),
+        ({"prompt_ids": [], "completion_ids": [3]}, "line 1: the prompt has no token"),
+        ({"prompt_ids": [3], "completion_ids": [999]}, "line 1: token id 999, but the teacher"),
+        ({"prompt_ids": [3], "completion_ids": [3] * 200}, "line 1: 201 tokens, but the teacher"),
+        ({"text": "x"}, "line 1: neither prompt_ids and completion_ids nor the texts"),
+    ],
+)
+def test_rollouts_that_cannot_be_scored(world, tmp_path, row, words):
+    file = write_rows(tmp_path / "bad.jsonl", [row])
+    output = tmp_path / "out.jsonl"
+    code, _, err = run_cli(
+        "score", "--rollouts", file, "--output", output, "--model", world / "teacher"
+    )
+    assert code == 2
+    assert words in err
+
+
+def golden(world, output, *arguments):
+    options = ("--grader", "exact", "--temperature", "0", "--max-new-tokens", "8")
+    return run_cli(
+        "golden", "--data", world / "train.jsonl", "--output", output, *options, *arguments
+    )
+
+
+def test_golden_keeps_what_ended_and_local_and_served_agree(world, tmp_path):
+    code, out, err = golden(
+        world, tmp_path / "l.jsonl", "--model", world / "teacher", "--no-chat-template"
+    )
+    assert code == 0, err
+    with serving(vllm_like(make_llama(1, width=48, sharp=8))) as server:
+        for name, template in (("s", "--no-chat-template"), ("c", "--chat-template")):
+            code, _, err = golden(world, tmp_path / f"{name}.jsonl", "--url", server.url, template)
+            assert code == 0, err
+    attempts = lines(tmp_path / "l.jsonl.attempts.jsonl")
+    assert len(attempts) == 20
+    kept = lines(tmp_path / "l.jsonl")
+    assert 0 < len(kept) < 20, "the test needs some that end and some that do not"
+    assert [row["id"] for row in kept] == [r["id"] for r in attempts if r["solution"] is not None]
+    assert lines(tmp_path / "s.jsonl") == lines(tmp_path / "c.jsonl") == kept
+    assert f"{len(kept)} of 20 prompts have a solution" in out
+    assert set(kept[0]) == {"id", "prompt", "solution", "answer"}
+
+
+def test_golden_verified_goes_on_after_a_kill(world, tmp_path):
+    """A server that knows the sums, but not the large ones, and is stopped in the middle."""
+    output = tmp_path / "g.jsonl"
+
+    def knows(path, body, found):
+        if "n" in body:
+            number = int(body["prompt"].partition("+")[0])
+            right = 2 * number if number < 12 else 0
+            found["choices"] = [
+                {"text": "1", "finish_reason": "stop"},
+                {"text": f"{right}", "finish_reason": "length"},
+                {"text": f"{right}", "finish_reason": "stop"},
+            ]
+        return None
+
+    with serving(vllm_like(make_llama(1), change=knows)) as server:
+        options = ("--url", server.url, "-k", "3", "--verified", "--no-chat-template")
+        options += ("--temperature", "1", "--max-in-flight", "3", "--stop-ids", str(EOS))
+        code, out, err = golden(world, output, *options)
+        assert code == 0, err
+        # 0 + 0 and 12 of 20 are known; "1" is never right, and what is cut off is no solution.
+        assert [row["solution"] for row in lines(output)] == [str(2 * n) for n in range(12)]
+        assert "12 of 20 prompts have a solution; for the others no answer of 3 ended" in out
+        whole, attempts = output.read_bytes(), tmp_path / "g.jsonl.attempts.jsonl"
+        all_attempts = attempts.read_bytes()
+        attempts.write_bytes(b"\n".join(all_attempts.split(b"\n")[:9]) + b"\n{")
+        output.unlink()
+        assert golden(world, output, *options)[0] == 0
+        assert (output.read_bytes(), attempts.read_bytes()) == (whole, all_attempts)
+        asked = [body for path, body, _ in server.asked if "n" in body]
+        assert asked[0]["stop_token_ids"] == [EOS]
+        assert len(asked) == 20 + 14
+    code, _, err = golden(world, output, *options, "--seed", "1")
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "no teacher: give --model"),
+        (("--model", "m", "--tokenizer", "t"), "belong to a --url"),
+        (("--url", "http://me:secret@h/v1"), "holds credentials"),
+        (("--url", "http://h/v1", "--api-key-env", "sk-secret"), "the name of an environment"),
+        (("--model", "m", "-k", "2"), "--temperature 0 writes the same answer 2 times"),
+    ],
+)
+def test_options_that_cannot_work(world, tmp_path, arguments, words):
+    code, _, err = golden(world, tmp_path / "g.jsonl", *arguments)
+    assert code == 2
+    assert words in err
+    assert "secret" not in err
+
+
+def test_a_file_of_something_else_is_not_overwritten(world, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("precious\n")
+    code, _, err = score(world, file, "--model", world / "teacher")
+    assert code == 2
+    assert "was not made by this command" in err
+    assert file.read_text() == "precious\n"

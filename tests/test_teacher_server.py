@@ -1,0 +1,412 @@
+"""Served teachers: the same numbers as in this process, and every way in which they may fail."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from fault_server import said, serving
+from served_parts import vllm_like
+from stableopd.config import parse
+from stableopd.endpoint import Endpoint
+from stableopd.objective.logprobs import score_tokens
+from stableopd.teacher.local import FrozenModel
+from stableopd.teacher.selftest import self_test
+from stableopd.teacher.server import ServedTeacher, ServedTeachers, find_model
+from stableopd.training.batch import collate, rollout_sequences
+from stableopd.training.step import step
+from stableopd.training.terms import Players, Work
+from stableopd.types import ConfigError, ModelError, ServerError
+from step_parts import MAX_LENGTH, STOPS, flat, make_golden, make_rollouts, model, objective
+from tiny import (
+    CHARACTERS,
+    END,
+    EOS,
+    PAD,
+    VOCABULARY,
+    V,
+    make_llama,
+    make_tokenizer,
+    make_world,
+    metrics_of,
+    run_cli,
+    save_model,
+    sums,
+    write_config,
+    write_rows,
+)
+
+KEY = "sk-very-secret-key"
+
+
+def teacher_at(*urls, event_ids=STOPS, top_k=0):
+    endpoint = Endpoint(urls, timeout_s=20, patience_s=0, max_in_flight=4, name="teacher")
+    return ServedTeacher(endpoint, "tiny", event_ids, top_k)
+
+
+def items_of(rollouts):
+    return [(r.prompt_ids, r.completion_ids) for r in rollouts]
+
+
+def frozen_logps(teacher, rollouts, event):
+    """What the teacher in this process says, as lists."""
+    batch = collate(rollout_sequences(rollouts), PAD, torch.device("cpu"))
+    frozen = FrozenModel(teacher, V)
+    stops = torch.tensor(STOPS)
+    scores = score_tokens(
+        frozen.hidden(batch), frozen.head, batch.target_N, stop_ids=stops, stop_is_event=event
+    )
+    lengths = [len(r.completion_ids) for r in rollouts]
+    return [part.tolist() for part in scores.logp_N.split(lengths)]
+
+
+@pytest.mark.parametrize("event", [True, False])
+def test_the_same_log_probs_as_in_this_process(event):
+    teacher, rollouts = model(1, 48), make_rollouts()
+    with serving(vllm_like(teacher)) as server:
+        judged = teacher_at(server.url, event_ids=STOPS if event else ()).judge(items_of(rollouts))
+        bodies = [body for _, body, _ in server.asked]
+    for one, values in zip(judged, frozen_logps(teacher, rollouts, event), strict=True):
+        assert one.logps == pytest.approx(values, abs=1e-5)
+        assert not one.top_ids
+    # Each of the four that stopped is asked again with the other stop, and nothing else is.
+    assert len(bodies) == len(rollouts) + 4 * event
+    assert {body["prompt"][-1] for body in bodies[len(rollouts) :]} <= {EOS, END}
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "stops"),
+    [
+        ("stable_opd", {}, STOPS),
+        ("opd", {"updates_per_batch": 2, "advantage": "tanh"}, STOPS),
+        ("gkd", {"top_k": 4}, (EOS,)),
+        ("gkd", {"top_k": 4, "divergence": "forward_kl"}, (EOS,)),
+        ("gkd", {"top_k": V - 1}, STOPS),  # all tokens are known, and the two stops are one
+    ],
+)
+def test_the_same_step_as_with_a_teacher_in_this_process(method, fields, stops):
+    chosen, teacher = objective(method, **fields), model(1, 48)
+    rollouts = make_rollouts()
+    top_k = min(V, chosen.top_k + len(stops) - 1) if chosen.top_k else 0
+    with serving(vllm_like(teacher)) as server:
+        judged = teacher_at(server.url, event_ids=stops, top_k=top_k).judge(items_of(rollouts))
+    found = []
+    for local, said_ in ((FrozenModel(teacher, V), None), (None, judged)):
+        student = model(0)
+        who = Players(
+            student=student,
+            num_tokens=V,
+            teacher=local,
+            reference=FrozenModel(model(2), V) if chosen.beta_reference else None,
+            stop_ids=torch.tensor(stops),
+            stop_is_event=True,
+            temperature=1.0,
+            pad_id=PAD,
+        )
+        work = Work(chosen, rollouts, make_golden(), None, MAX_LENGTH, said_)
+        optimizer = torch.optim.SGD(student.parameters(), 0.1)
+        result = step(who, optimizer, work, micro_batch_tokens=40, grad_clip=1e9)
+        found.append((result, flat(student)))
+    (mine, weights), (theirs, served_weights) = found
+    assert theirs.losses == pytest.approx(mine.losses, rel=1e-5)
+    assert theirs.grad_norm == pytest.approx(mine.grad_norm, rel=1e-5)
+    torch.testing.assert_close(served_weights, weights, rtol=1e-4, atol=1e-6)
+    assert theirs.teacher_logps == tuple(pytest.approx(x, abs=1e-5) for x in mine.teacher_logps)
+    # What needs the whole distribution is left out, and nothing else.
+    missing = {"entropy/teacher", "entropy/gap", "overlap/ratio", "overlap/advantage"}
+    assert set(mine.token_means) - set(theirs.token_means) == missing
+
+
+def changed(change):
+    """A server whose answers to scoring are changed."""
+
+    def of(path, body, found):
+        return change(found) if "prompt_logprobs" in body else None
+
+    return vllm_like(make_llama(1), change=of)
+
+
+def put(value):
+    def change(found):
+        for entry in found["choices"][0]["prompt_logprobs"][1:]:
+            for token in entry.values():
+                token["logprob"] = value
+        return said(found)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda found: said({"choices": [{"text": "x"}]}), "have no prompt_logprobs"),
+        (lambda found: said({"choices": []}), "have no prompt_logprobs"),
+        (lambda found: said({"error": "odd"}), "have no prompt_logprobs"),
+        (
+            lambda found: said(
+                {"choices": [{"prompt_logprobs": found["choices"][0]["prompt_logprobs"][:-1]}]}
+            ),
+            "must not cut prompts off",
+        ),
+        (
+            lambda found: said({"choices": [{"prompt_logprobs": [{"a": 1}] * 5}]}),
+            "gave no log-prob of token",
+        ),
+        (put(-9999.0), "which is none or not finite"),
+        (put(math.nan), "which is none or not finite"),
+        (put(3.5), "--logprobs-mode"),
+        (put("x"), "gave no log-prob of token"),
+        (lambda found: said({"message": "max_logprobs is 20"}, 400), "400: max_logprobs is 20"),
+    ],
+)
+def test_answers_that_are_none(change, words):
+    with serving(changed(change)) as server, pytest.raises(ServerError, match=words) as found:
+        teacher_at(server.url).judge([((3, 4), (5, 6, EOS))])
+    assert "\n" not in str(found.value)
+
+
+def test_fewer_likeliest_tokens_than_asked_for():
+    with serving(vllm_like(make_llama(1))) as server:
+        script = server.script
+        server.script = lambda path, body: script(path, {**body, "prompt_logprobs": 2})
+        with pytest.raises(ServerError, match="--max-logprobs 8 or more"):
+            teacher_at(server.url, top_k=8).judge([((3, 4), (5, 6))])
+
+
+PROMPTS = [(3, 4, 5, 6), (7, 8, 9)]
+
+
+def test_self_test_of_replicas_that_agree():
+    with serving(vllm_like(make_llama(1))) as one, serving(vllm_like(make_llama(1))) as two:
+        (note,) = self_test(
+            ServedTeachers({None: teacher_at(one.url, two.url)}), make_tokenizer(), PROMPTS
+        )
+    assert "same tokenizer, replicas agree to" in note
+
+
+def examine(*scripts):
+    with serving(scripts[0]) as one, serving(scripts[-1]) as two:
+        served = ServedTeachers({None: teacher_at(one.url, two.url)})
+        with pytest.raises(ModelError) as found:
+            self_test(served, make_tokenizer(), PROMPTS)
+    assert str(found.value).startswith("teacher: ")
+    return str(found.value).replace(two.url, "SECOND")
+
+
+def test_self_test_of_replicas_that_differ():
+    message = examine(vllm_like(make_llama(1, sharp=8)), vllm_like(make_llama(2, sharp=8)))
+    assert "and SECOND score the same 6 tokens differently, by" in message
+
+
+def test_self_test_of_another_tokenizer():
+    swapped = {**VOCABULARY, "4": VOCABULARY["5"], "5": VOCABULARY["4"]}
+    message = examine(vllm_like(make_llama(1)), vllm_like(make_llama(1), make_tokenizer(swapped)))
+    assert "SECOND has another tokenizer than the student: of a test text, token" in message
+    extra = make_tokenizer()
+    extra.add_tokens(["we had"])
+    rows = len(extra)
+    message = examine(vllm_like(make_llama(1)), vllm_like(make_llama(1, rows=rows), extra))
+    assert "another tokenizer" in message
+
+
+def test_self_test_of_another_vocabulary():
+    """Ids that no text of the test reaches."""
+    renamed = {("<stop>" if t == "<end>" else t): i for t, i in VOCABULARY.items()}
+    message = examine(vllm_like(make_llama(1)), vllm_like(make_llama(1), make_tokenizer(renamed)))
+    assert "another vocabulary than the student: id 2 is '<end>' to the student" in message
+
+
+@pytest.mark.parametrize(
+    ("cards", "wanted", "found"),
+    [
+        ([{"id": "a"}], "", "a"),
+        ([{"id": "a"}, {"id": "lora", "parent": "a"}], "", "a"),
+        ([{"id": "a"}, {"id": "lora", "parent": "a"}], "lora", "lora"),
+        ([{"id": "a", "root": "r"}, {"id": "b", "root": "r"}], "", "a"),
+        ([], "named", "named"),
+        ([{"id": "a"}, {"id": "b"}], "", "serves 'a', 'b'; give"),
+        ([{"id": "a"}], "b", "serves 'a', not 'b'; give"),
+        ([], "", "serves no model; give"),
+    ],
+)
+def test_the_name_of_the_model(cards, wanted, found):
+    with serving(lambda path, body: said({"data": cards})) as server:
+        endpoint = teacher_at(server.url).endpoint
+        if "serves" in found:
+            with pytest.raises(ModelError, match=found):
+                find_model(endpoint, wanted)
+        else:
+            assert find_model(endpoint, wanted) == (found, None)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world with a run with the teacher in this process, to compare with."""
+    folder = make_world(tmp_path_factory.mktemp("served") / "w")
+    config = write_config(folder, run={"output": str(folder / "local"), "steps": 3})
+    assert run_cli("train", config)[0] == 0
+    return folder
+
+
+def teacher_of(world):
+    return make_llama(1, width=48, sharp=8)
+
+
+def served_config(world, name, url, **sections):
+    teacher = {"model": "", "url": url, "stop_ids": [EOS], "patience_s": 0.0}
+    sections["teacher"] = teacher | sections.get("teacher", {})
+    sections["run"] = {"output": str(world / name), "steps": 3} | sections.get("run", {})
+    return write_config(world, f"{name}.toml", **sections)
+
+
+def require_same_metrics(found, expected):
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        for name in mine:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+        assert "advantage/mean" in mine
+
+
+def test_a_run_with_a_served_teacher(world, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    with serving(vllm_like(teacher_of(world))) as server:
+        config = served_config(world, "served", server.url, teacher={"api_key_env": "TEACHER_KEY"})
+        code, out, err = run_cli("train", config)
+        assert code == 0, err
+        assert server.asked[-1][2]["Authorization"] == f"Bearer {KEY}"
+    require_same_metrics(metrics_of(world / "served"), metrics_of(world / "local"))
+    files = [f for f in (world / "served").rglob("*") if f.is_file()]
+    assert len(files) > 5
+    assert not any(KEY.encode() in f.read_bytes() for f in files)
+    assert KEY not in out + err
+    rows = [
+        [json.loads(line) for line in (world / run / "rollouts/000001.jsonl").open()]
+        for run in ("served", "local")
+    ]
+    for mine, theirs in zip(*rows, strict=True):
+        assert mine["teacher_logprobs"] == pytest.approx(theirs["teacher_logprobs"], abs=1e-4)
+
+
+def test_a_server_that_is_lost_costs_no_step(world):
+    """The second step's scoring fails; the first step is saved, and the run goes on from it."""
+    is_lost = []
+
+    def lose(path, body, found):
+        steps = world / "lost" / "rollouts" / "000001.jsonl"
+        if "prompt_logprobs" in body and steps.exists() and not is_lost:
+            is_lost.append(True)
+            return said({}, 503)
+        return None
+
+    fields = {"run": {"save_every": 3}}
+    with serving(vllm_like(teacher_of(world), change=lose)) as server:
+        config = served_config(world, "lost", server.url, **fields)
+        code, _, err = run_cli("train", config)
+        assert code == 2
+        assert "error: step 2: teacher: " in err
+        assert "The student after step 1 is saved: go on with --resume." in err
+        assert len(metrics_of(world / "lost")) == 1
+        moved = server.url.replace("127.0.0.1", "localhost")
+        code, _, err = run_cli("train", config, "--resume", "--set", f"teacher.url={moved}")
+        assert code == 0, err
+    require_same_metrics(metrics_of(world / "lost"), metrics_of(world / "local"))
+
+
+def test_teachers_by_a_column(world):
+    rows = [{**row, "teacher": ["", "other"][i % 2]} for i, row in enumerate(sums())]
+    data = {"train": str(write_rows(world / "two.jsonl", rows))}
+    with serving(vllm_like(teacher_of(world))) as one, serving(vllm_like(make_llama(5))) as two:
+        teacher = {"by_name": "BY_NAME"}
+        config = served_config(world, "two", one.url, teacher=teacher, data=data, run={"steps": 1})
+        table = f'{{other = "{two.url}"}}'
+        config.write_text(config.read_text().replace('"BY_NAME"', table))
+        code, _, err = run_cli("train", config)
+        assert code == 0, err
+        lines = [json.loads(x) for x in (world / "two/rollouts/000001.jsonl").open()]
+        names = {row["prompt"]: row["teacher"] for row in rows}
+        assert {names[line["prompt"]] for line in lines} == {"", "other"}
+        for line in lines:
+            mine, theirs = (two, one) if names[line["prompt"]] else (one, two)
+            ids = [*line["prompt_ids"], *line["completion_ids"]]
+            assert any(body.get("prompt") == ids for _, body, _ in mine.asked)
+            assert not any(body.get("prompt") == ids for _, body, _ in theirs.asked)
+        rows[6]["teacher"] = "nobody"
+        write_rows(world / "two.jsonl", rows)
+        new = config.read_text().replace(f'"{world}/two"', f'"{world}/three"')
+        config.write_text(new)
+        code, _, err = run_cli("train", config)
+    assert code == 2
+    assert "two.jsonl, line 7: column 'teacher' names the teacher 'nobody', which" in err
+
+
+def test_another_tokenizer_is_refused_before_the_first_step(world):
+    swapped = make_tokenizer({**VOCABULARY, "4": VOCABULARY["5"], "5": VOCABULARY["4"]})
+    with serving(vllm_like(teacher_of(world), swapped)) as server:
+        code, _, err = run_cli("train", served_config(world, "swapped", server.url))
+    assert code == 2
+    assert "has another tokenizer than the student" in err
+    assert not (world / "swapped").exists()
+
+
+def test_stop_ids_from_the_folder_of_the_tokenizer(world, tmp_path):
+    other = make_llama(1, width=48)
+    other.generation_config.eos_token_id = [END]
+    save_model(tmp_path / "t", other, make_tokenizer(eos="<end>"))
+    teacher = {"stop_ids": [], "tokenizer": str(tmp_path / "t")}
+    with serving(vllm_like(teacher_of(world))) as server:
+        config = served_config(world, "folder", server.url, teacher=teacher, run={"steps": 1})
+        code, out, err = run_cli("train", config)
+    assert code == 0, err
+    stops = json.loads((world / "folder/environment.json").read_text())["stops"]
+    assert (stops["teacher_ids"], stops["event_ids"]) == ([END], [EOS, END])
+
+
+def refused(teacher=None, **sections):
+    table = {
+        "student": {"model": "s"},
+        "data": {"train": "d"},
+        "teacher": {"url": "http://h:1/v1", "stop_ids": [1]} | (teacher or {}),
+        **sections,
+    }
+    with pytest.raises(ConfigError) as found:
+        parse(table)
+    assert KEY not in str(found.value)
+    assert "secret" not in str(found.value)
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sections", "words"),
+    [
+        ({"url": "http://u:secret@h/v1"}, {}, "teacher.url: the address holds credentials"),
+        ({"by_name": {"m": "http://h/v1?k=secret"}}, {}, "teacher.by_name.m: the address goes on"),
+        ({"by_name": {"m": ""}}, {}, "teacher.by_name.m: the address '' is not one"),
+        ({"by_name": "http://h/v1"}, {}, "must be a table of names"),
+        ({"api_key_env": KEY}, {}, "must be the name of an environment variable"),
+        ({"temperature": 0.5}, {}, "leave it at 1"),
+        ({"stop_ids": []}, {}, "teacher.tokenizer, or its ids as teacher.stop_ids"),
+        ({"stop_ids": [True]}, {}, "must be a list of whole numbers"),
+        ({"gguf_file": "x.gguf"}, {}, "leave one of the two out"),
+        ({"url": []}, {}, "belong to a served teacher"),
+        ({}, {"objective": {"method": "opd", "baseline": "kl"}}, "leave the baseline out"),
+        ({}, {"objective": {"method": "gkd"}}, "set objective.top_k"),
+    ],
+)
+def test_configurations_that_cannot_work(teacher, sections, words):
+    assert words in refused(teacher, **sections)
+
+
+def test_a_key_that_is_not_set(world, monkeypatch):
+    monkeypatch.delenv("NO_KEY", raising=False)
+    config = served_config(
+        world, "nokey", "http://127.0.0.1:1/v1", teacher={"api_key_env": "NO_KEY"}
+    )
+    code, _, err = run_cli("train", config)
+    assert code == 2
+    assert "'NO_KEY', which is to hold the key of the teacher's server, is not set" in err
+
+
+def test_characters_of_the_test_text_are_there():
+    """Else the self-test with this tokenizer would compare unknown tokens alone."""
+    assert set("2024 3") - {" "} <= set(CHARACTERS)
