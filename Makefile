@@ -30,7 +30,7 @@ demo: $(VENV)/.base
 
 # One thread a process: two cores give two processes more than they give one of two threads.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not verl" $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not verl and not vllm" $(TEST_FLAGS)
 
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -m slow $(TEST_FLAGS)

@@ -150,7 +150,6 @@ def test_golden_verified_goes_on_after_a_kill(world, tmp_path):
                 {"text": f"{right}", "finish_reason": "length"},
                 {"text": f"{right}", "finish_reason": "stop"},
             ]
-        return None
 
     with serving(vllm_like(make_llama(1), change=knows)) as server:
         options = ("--url", server.url, "-k", "3", "--verified", "--no-chat-template")

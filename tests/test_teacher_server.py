@@ -356,7 +356,7 @@ def test_stop_ids_from_the_folder_of_the_tokenizer(world, tmp_path):
     teacher = {"stop_ids": [], "tokenizer": str(tmp_path / "t")}
     with serving(vllm_like(teacher_of(world))) as server:
         config = served_config(world, "folder", server.url, teacher=teacher, run={"steps": 1})
-        code, out, err = run_cli("train", config)
+        code, _, err = run_cli("train", config)
     assert code == 0, err
     stops = json.loads((world / "folder/environment.json").read_text())["stops"]
     assert (stops["teacher_ids"], stops["event_ids"]) == ([END], [EOS, END])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor
 
-from stableopd.objective.heads import Against
+from stableopd.objective.heads import Against, Head
 
 __all__ = ["TiledHead"]
 
