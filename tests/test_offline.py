@@ -119,13 +119,15 @@ def golden(world, output, *arguments):
 
 
 def test_golden_keeps_what_ended_and_local_and_served_agree(world, tmp_path):
+    stops = ("--stop-ids", "3")  # greedily this teacher never ends with its own
     code, out, err = golden(
-        world, tmp_path / "l.jsonl", "--model", world / "teacher", "--no-chat-template"
+        world, tmp_path / "l.jsonl", "--model", world / "teacher", "--no-chat-template", *stops
     )
     assert code == 0, err
     with serving(vllm_like(make_llama(1, width=48, sharp=8))) as server:
         for name, template in (("s", "--no-chat-template"), ("c", "--chat-template")):
-            code, _, err = golden(world, tmp_path / f"{name}.jsonl", "--url", server.url, template)
+            output = tmp_path / f"{name}.jsonl"
+            code, _, err = golden(world, output, "--url", server.url, template, *stops)
             assert code == 0, err
     attempts = lines(tmp_path / "l.jsonl.attempts.jsonl")
     assert len(attempts) == 20
@@ -168,8 +170,9 @@ def test_golden_verified_goes_on_after_a_kill(world, tmp_path):
         asked = [body for path, body, _ in server.asked if "n" in body]
         assert asked[0]["stop_token_ids"] == [EOS]
         assert len(asked) == 20 + 14
-    code, _, err = golden(world, output, *options, "--seed", "1")
-    assert code == 2
+        code, _, err = golden(world, output, *options, "--seed", "1")
+        assert code == 2
+        assert "made with seed = 0, and this is 1" in err
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,13 @@ from stableopd.training.ranks import shared
 from stableopd.training.setup import Run, begin, eval_settings, prune
 from stableopd.training.step import step as make_step
 from stableopd.training.terms import Work
-from stableopd.types import Rollout, SamplingSettings, ServerError, TrainingError
+from stableopd.types import (
+    Rollout,
+    SamplingSettings,
+    ServerError,
+    StableOPDError,
+    TrainingError,
+)
 
 __all__ = ["train"]
 
@@ -92,7 +98,7 @@ def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]
             break
 
 
-def _saved(run: Run, step: int, error: ServerError) -> ServerError:
+def _saved(run: Run, step: int, error: ServerError) -> StableOPDError:
     """Keep the student of the last step, where the next one could not begin; what to tell."""
     if step > run.start_step and step not in run.folder.checkpoints():
         save(run.folder, step, run.student, run.optimizer, run.scheduler, run.ranks)
