@@ -151,6 +151,21 @@ def test_order_bound_and_spread():
         assert min(len(one.asked), len(two.asked)) >= 10
 
 
+def test_answers_are_read_as_they_come():
+    with serving(lambda path, body: said(body)) as server:
+        client = endpoint(server.url)
+        read = client.post_all(
+            "/x", [{"n": n} for n in range(5)], lambda place, answer: (place, answer["n"])
+        )
+        assert read == [(n, n) for n in range(5)]
+
+        def refuse(place, answer):
+            raise ServerError("no number")
+
+        with pytest.raises(ServerError, match="no number"):
+            client.post_all("/x", [{"n": 1}], refuse)
+
+
 def test_a_replica_that_is_down_is_passed_by():
     bodies = [{"n": n} for n in range(20)]
     with serving(lambda path, body: said(body)) as server:

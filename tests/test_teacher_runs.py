@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import parallel_parts
 from fault_server import said, serving
 from served_parts import vllm_like
 from stableopd.config import parse
@@ -22,6 +23,8 @@ from tiny import (
     write_config,
     write_rows,
 )
+
+server = parallel_parts.server  # a fixture
 
 KEY = "sk-very-secret-key"
 
@@ -101,6 +104,21 @@ def test_a_server_that_is_lost_costs_no_step(world):
         code, _, err = run_cli("train", config, "--resume", "--set", f"teacher.url={moved}")
         assert code == 0, err
     require_same_metrics(metrics_of(world / "lost"), metrics_of(world / "local"))
+
+
+def test_two_processes_ask_for_their_shares(world, server):
+    """With top-k 1 a rollout is no matter of the draw; the self-test alone is sent twice."""
+    num_asked = []
+    rollout = {"top_k": 1, "allow_off_policy_sampling": True}
+    with serving(vllm_like(teacher_of(world))) as http:
+        for name, num in (("one", 1), ("both", 2)):
+            config = served_config(world, name, http.url, rollout=rollout)
+            before = len(http.asked)
+            codes, errors = server.train(config, num=num)
+            assert codes == [0] * num, errors
+            num_asked.append(len(http.asked) - before)
+    require_same_metrics(metrics_of(world / "both"), metrics_of(world / "one"))
+    assert num_asked[1] == num_asked[0] + 4
 
 
 def test_teachers_by_a_column(world):
@@ -185,6 +203,13 @@ def refused(teacher=None, **sections):
 )
 def test_configurations_that_cannot_work(teacher, sections, words):
     assert words in refused(teacher, **sections)
+
+
+def test_doctor_needs_the_folder(world):
+    config = served_config(world, "doctor", "http://127.0.0.1:1/v1")
+    code, _, err = run_cli("doctor", "--config", config)
+    assert code == 2
+    assert "teacher.url names a server; give its folder as --teacher" in err
 
 
 def test_a_key_that_is_not_set(world, monkeypatch):

@@ -58,7 +58,7 @@ def test_the_same_log_probs_as_in_this_process(event):
         bodies = [body for _, body, _ in server.asked]
     for one, values in zip(judged, frozen_logps(teacher, rollouts, event), strict=True):
         assert one.logps == pytest.approx(values, abs=1e-5)
-        assert not one.top_ids
+        assert one.top_ids is None
     # Each of the four that stopped is asked again with the other stop, and nothing else is.
     assert len(bodies) == len(rollouts) + 4 * event
     assert {body["prompt"][-1] for body in bodies[len(rollouts) :]} <= {EOS, END}

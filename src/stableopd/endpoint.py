@@ -17,7 +17,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -150,27 +150,37 @@ class Endpoint:
         """
         return self._ask("GET", path, None, url)
 
-    def post_all(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def post_all(
+        self,
+        path: str,
+        bodies: Sequence[dict[str, Any]],
+        read: Callable[[int, dict[str, Any]], Any] | None = None,
+    ) -> list[Any]:
         """Ask many things, at most `max_in_flight` of them at a time, spread over the replicas.
 
         Args:
             path: Such as "/completions".
             bodies: What to ask.
+            read: Takes the place of a body and its answer as soon as it is there, in any thread,
+                and gives what is to be kept of it; large answers are then not held together.
 
         Returns:
-            The answers, in the order of the bodies.
+            The answers, or what was kept of them, in the order of the bodies.
 
         Raises:
             ServerError: The first error of its kind; what is still waiting is given up.
         """
         gives_up = threading.Event()
+
+        def one(place: int, body: dict[str, Any]) -> Any:
+            answer = self._ask("POST", path, body, None, gives_up)
+            return answer if read is None else read(place, answer)
+
         workers = ThreadPoolExecutor(
             max(1, min(self.max_in_flight, len(bodies))), f"stableopd-{self.name}"
         )
         try:
-            tasks = [
-                workers.submit(self._ask, "POST", path, body, None, gives_up) for body in bodies
-            ]
+            tasks = [workers.submit(one, place, body) for place, body in enumerate(bodies)]
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
             error = next((task.exception() for task in done if task.exception()), None)
             if error is not None:

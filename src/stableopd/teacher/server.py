@@ -10,11 +10,15 @@ Left out: the teacher's entropy and everything else that needs its whole distrib
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stableopd.endpoint import Endpoint
 from stableopd.types import ModelError, ServerError
@@ -36,13 +40,13 @@ class Judged:
 
     Attributes:
         logps: (T,) log-prob of each token, of the stop event where it is a stop.
-        top_ids: (T, K) its likeliest ids at each position; empty where they were not asked for.
+        top_ids: (T, K) its likeliest ids at each position; None where they were not asked for.
         top_logps: (T, K) their log-probs.
     """
 
     logps: tuple[float, ...]
-    top_ids: tuple[tuple[int, ...], ...] = ()
-    top_logps: tuple[tuple[float, ...], ...] = ()
+    top_ids: NDArray[np.int64] | None = None
+    top_logps: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,18 +89,20 @@ class ServedTeacher:
         ]
         bodies = [self.body(ids, self.top_k) for ids in whole]
         bodies += [self.body(ids, 0) for _, _, ids in endings]
-        answers = self.endpoint.post_all("/completions", bodies)
-        judged = [
-            self._judged(answer, ids, len(prompt))
-            for answer, ids, (prompt, _) in zip(answers, whole, items, strict=False)
-        ]
-        logps = [list(one.logps) for one in judged]
-        for (number, place, ids), answer in zip(endings, answers[len(whole) :], strict=True):
-            other = self.entry(self.entries(answer, ids)[-1], ids[-1])
-            logps[number][place] = _logaddexp(logps[number][place], other)
+
+        def read(place: int, answer: dict[str, Any]) -> Judged:
+            if place < len(whole):
+                return self._judged(answer, whole[place], len(items[place][0]))
+            ids = endings[place - len(whole)][2]
+            return self._judged(answer, ids, len(ids) - 1, is_ending=True)
+
+        judged = self.endpoint.post_all("/completions", bodies, read)
+        logps = [list(one.logps) for one in judged[: len(whole)]]
+        for (number, place, _), other in zip(endings, judged[len(whole) :], strict=True):
+            logps[number][place] = _logaddexp(logps[number][place], other.logps[0])
         return [
-            Judged(tuple(values), one.top_ids, one.top_logps)
-            for values, one in zip(logps, judged, strict=True)
+            dataclasses.replace(one, logps=tuple(values))
+            for one, values in zip(judged, logps, strict=False)
         ]
 
     def body(self, prompt: Sequence[int] | str, top_k: int) -> dict[str, Any]:
@@ -170,18 +176,21 @@ class ServedTeacher:
             )
         return min(value, 0.0)
 
-    def _judged(self, answer: Mapping[str, Any], ids: Sequence[int], start: int) -> Judged:
+    def _judged(
+        self, answer: Mapping[str, Any], ids: Sequence[int], start: int, is_ending: bool = False
+    ) -> Judged:
+        """What an answer says of the tokens from a place on."""
         entries = self.entries(answer, ids)[start:]
         logps = tuple(
             self.entry(entry, token) for entry, token in zip(entries, ids[start:], strict=True)
         )
-        if not self.top_k:
+        if not self.top_k or is_ending:
             return Judged(logps)
         rows = [self._top(entry) for entry in entries]
         return Judged(
             logps,
-            tuple(tuple(token for _, token in row) for row in rows),
-            tuple(tuple(-cost for cost, _ in row) for row in rows),
+            np.array([[token for _, token in row] for row in rows], dtype=np.int64),
+            np.array([[-cost for cost, _ in row] for row in rows], dtype=np.float32),
         )
 
     def _top(self, entry: Mapping[str, Any]) -> list[tuple[float, int]]:

@@ -312,9 +312,11 @@ def _known(
     judged: Many[Judged], batch: Batch, num_tokens: int, objective: ObjectiveConfig
 ) -> Against:
     """A served teacher's likeliest tokens at a batch's positions, for the divergence on them."""
-    ids_NK = [row for s in batch.sequences for row in judged[s.index].top_ids]
-    logps_NK = [row for s in batch.sequences for row in judged[s.index].top_logps]
-    known = torch.tensor(ids_NK, dtype=torch.float32), torch.tensor(logps_NK, dtype=torch.float32)
+    own = [judged[s.index] for s in batch.sequences]
+    known = [
+        torch.cat([torch.from_numpy(rows).float() for rows in parts if rows is not None])
+        for parts in ([one.top_ids for one in own], [one.top_logps for one in own])
+    ]
     return Against(
         torch.cat(known, dim=-1).to(batch.target_N.device),
         Support(num_tokens),
