@@ -157,13 +157,8 @@ def settings_of(
         made = made if teacher else _without_teacher(made)
     else:
         made = configuration.parse({}, changes, source="stableopd doctor")
-    if made.teacher.url and not teacher:
-        raise ConfigError(
-            "doctor examines a teacher in this process, and teacher.url names a server; give its "
-            "folder as --teacher. (Training tests a served teacher before its first step.)"
-        )
     if made.teacher.url:
-        made = dataclasses.replace(made, teacher=TeacherConfig(teacher))
+        made = _with_local_teacher(made, teacher)
     has_budget = config is not None or is_embedded
     has_budget |= any(change.startswith("rollout.max_new_tokens") for change in changes)
     return Settings(made, config is not None, num_prompts, has_budget)
@@ -176,6 +171,16 @@ def _as_overrides(options: Mapping[str, str | int | None]) -> list[str]:
         for field, value in options.items()
         if value not in ("", None)
     ]
+
+
+def _with_local_teacher(config: Config, folder: str) -> Config:
+    """A configuration with a folder in place of the teacher that it has served."""
+    if not folder:
+        raise ConfigError(
+            "doctor examines a teacher in this process, and teacher.url names a server; give its "
+            "folder as --teacher. (Training tests a served teacher before its first step.)"
+        )
+    return dataclasses.replace(config, teacher=TeacherConfig(folder))
 
 
 def _without_teacher(config: Config) -> Config:

@@ -68,6 +68,7 @@ def run_score(
         raise DataError(f"{rollouts}: there is no rollout in it.")
     teacher = open_source(source, "score")
     event_ids = _event_ids(teacher, run_stops) if stop == "event" else ()
+    judge = _judge_of(teacher, event_ids, batch_tokens)
     settings = {
         "command": "score",
         "teacher": teacher.name,
@@ -78,12 +79,6 @@ def run_score(
         "rollouts": fingerprint(files),
     }
     journal = Journal(output, settings)
-    judge: _Judge
-    if teacher.endpoint is not None:
-        judge = ServedTeacher(teacher.endpoint, teacher.name, event_ids)
-    else:
-        assert teacher.local is not None
-        judge = LocalJudge(teacher.local, event_ids, batch_tokens)
     num_done = len(journal.rows())
     starts = range(num_done, len(lines), GROUP)
     console = Console(stderr=True)
@@ -100,6 +95,13 @@ def run_score(
         f"nats: {output}"
     )
     return 0
+
+
+def _judge_of(teacher: Opened, event_ids: tuple[int, ...], batch_tokens: int) -> _Judge:
+    if teacher.endpoint is not None:
+        return ServedTeacher(teacher.endpoint, teacher.name, event_ids)
+    assert teacher.local is not None
+    return LocalJudge(teacher.local, event_ids, batch_tokens)
 
 
 def _files(rollouts: Path) -> tuple[list[Path], tuple[int, ...] | None]:

@@ -221,11 +221,7 @@ def rollout_terms(
     objective, count = work.objective, len(work.rollouts)
     constraint = players.reference if objective.beta_reference else None
     start = time.perf_counter()
-    against: list[Against] = []
-    if players.teacher is not None:
-        against.append(players.teacher.against(batch, *_teacher_compares(objective)))
-    elif work.judged is not None and objective.lambda_divergence:
-        against.append(_known(work.judged, batch, players.num_tokens, objective))
+    against = _teacher_against(players, work, batch)
     if constraint is not None:
         compares = (divergence.reverse_kl,) if objective.reference_kl == "exact" else ()
         against.append(constraint.against(batch, *compares))
@@ -292,6 +288,16 @@ class _Opinion:
     logp_N: Tensor
     divergence_N: Tensor | None
     whole: Scores | None
+
+
+def _teacher_against(players: Players, work: Work, batch: Batch) -> list[Against]:
+    """What of the teacher is to be scored beside the student, if anything."""
+    objective = work.objective
+    if players.teacher is not None:
+        return [players.teacher.against(batch, *_teacher_compares(objective))]
+    if work.judged is not None and objective.lambda_divergence:
+        return [_known(work.judged, batch, players.num_tokens, objective)]
+    return []
 
 
 def _opinion(
