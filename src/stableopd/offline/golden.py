@@ -139,10 +139,9 @@ def run_golden(source: Source, data: str, output: Path, asked: Asked) -> int:
     finally:
         kept = _publish(output, journal, prompts)
     what = "ended with a stop and was right" if asked.is_verified else "ended with a stop"
-    print(
-        f"{kept} of {len(prompts)} prompts have a solution; for the others no answer of "
-        f"{asked.num_samples} {what}: {output}"
-    )
+    others = f"; for the others no answer of {asked.num_samples} {what}"
+    told = others if kept < len(prompts) else ""
+    print(f"{kept} of {len(prompts)} prompts have a solution{told}: {output}")
     return 0
 
 

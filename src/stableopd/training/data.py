@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stableopd.config import Config
 from stableopd.data.golden import golden_sequences, num_too_long
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import StopPlan
-from stableopd.teacher.server import Item
 from stableopd.types import DataError, Prompt, Rollout, Sequence
+
+if TYPE_CHECKING:
+    from stableopd.teacher.server import Item
 
 __all__ = ["Problems", "load_held_out", "load_train"]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,22 +15,16 @@ from torch import Tensor
 from stableopd.config import ObjectiveConfig
 from stableopd.models import head_of, token_hidden_states
 from stableopd.objective import advantage, divergence, loss
-from stableopd.objective.heads import Against, Head, Support
+from stableopd.objective.heads import Against, Head
 from stableopd.objective.logprobs import score_tokens
 from stableopd.teacher.local import FrozenModel
-from stableopd.teacher.server import Judged
+from stableopd.training.opinions import Opinion, opinion, teacher_against
 from stableopd.types import Batch, Rollout, Scores, Sequence, StopReason, TrainingError
 
+if TYPE_CHECKING:
+    from stableopd.teacher.server import Judged
+
 __all__ = ["Players", "Tally", "Work", "golden_term", "merged", "rollout_terms", "score"]
-
-# Size of the top-k sets whose agreement is logged (2604.13016 uses 16).
-OVERLAP_K = 16
-
-DIVERGENCES = {
-    "reverse_kl": divergence.reverse_kl,
-    "forward_kl": divergence.forward_kl,
-    "jensen_shannon": divergence.jensen_shannon,
-}
 
 
 @dataclass(frozen=True)
@@ -221,7 +214,7 @@ def rollout_terms(
     objective, count = work.objective, len(work.rollouts)
     constraint = players.reference if objective.beta_reference else None
     start = time.perf_counter()
-    against = _teacher_against(players, work, batch)
+    against = teacher_against(players, work, batch)
     if constraint is not None:
         compares = (divergence.reverse_kl,) if objective.reference_kl == "exact" else ()
         against.append(constraint.against(batch, *compares))
@@ -229,7 +222,7 @@ def rollout_terms(
     with players.autocast():
         scores = score(players, token_hidden_states(players.student, batch), batch, against)
     others = iter(scores.others)
-    teacher = _opinion(players, work, batch, others, scores.logp_N)
+    teacher = opinion(players, work, batch, others, scores.logp_N)
     reference = next(others) if constraint is not None else None
     old_N = scores.logp_N.detach()
     if old_logps is not None:
@@ -278,77 +271,6 @@ def golden_term(players: Players, work: Work, batch: Batch) -> Tensor:
     return work.mean("golden", value_N, mask_N, batch.row_N)
 
 
-@dataclass(frozen=True)
-class _Opinion:
-    """The teacher's log-probs of a batch's tokens, and its divergence from the student.
-
-    `whole` holds what needs its distribution over the vocabulary: None where it is served.
-    """
-
-    logp_N: Tensor
-    divergence_N: Tensor | None
-    whole: Scores | None
-
-
-def _teacher_against(players: Players, work: Work, batch: Batch) -> list[Against]:
-    """What of the teacher is to be scored beside the student, if anything."""
-    objective = work.objective
-    if players.teacher is not None:
-        return [players.teacher.against(batch, *_teacher_compares(objective))]
-    if work.judged is not None and objective.lambda_divergence:
-        return [_known(work.judged, batch, players.num_tokens, objective)]
-    return []
-
-
-def _opinion(
-    players: Players, work: Work, batch: Batch, others: Iterator[Scores], like_N: Tensor
-) -> _Opinion | None:
-    """What the teacher says, wherever it is; `others` were scored beside the student."""
-    if players.teacher is not None:
-        whole = next(others)
-        return _Opinion(whole.logp_N, whole.comparisons[-1], whole)
-    if work.judged is None:
-        return None
-    logp_N = like_N.new_tensor([x for s in batch.sequences for x in work.judged[s.index].logps])
-    divergence_N = next(others).comparisons[0] if work.objective.lambda_divergence else None
-    return _Opinion(logp_N, divergence_N, None)
-
-
-def _known(
-    judged: Many[Judged], batch: Batch, num_tokens: int, objective: ObjectiveConfig
-) -> Against:
-    """A served teacher's likeliest tokens at a batch's positions, for the divergence on them."""
-    own = [judged[s.index] for s in batch.sequences]
-    known = [
-        torch.cat([torch.from_numpy(rows).float() for rows in parts if rows is not None])
-        for parts in ([one.top_ids for one in own], [one.top_logps for one in own])
-    ]
-    return Against(
-        torch.cat(known, dim=-1).to(batch.target_N.device),
-        Support(num_tokens),
-        (_divergence_of(objective),),
-    )
-
-
-def _divergence_of(objective: ObjectiveConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    chosen = DIVERGENCES[objective.divergence]
-    if objective.top_k:
-        return functools.partial(divergence.on_top_k, chosen, k=objective.top_k)
-    return chosen
-
-
-def _teacher_compares(objective: ObjectiveConfig) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """Agreement of the top-k sets; the baseline's KL if asked for; last, gkd's divergence."""
-    compares: list[Callable[[Tensor, Tensor], Tensor]] = [
-        functools.partial(divergence.top_k_agreement, k=OVERLAP_K)
-    ]
-    if objective.baseline == "kl":
-        compares.append(divergence.detached_reverse_kl)
-    if objective.lambda_divergence:
-        compares.append(_divergence_of(objective))
-    return compares
-
-
 def _reference_value(kind: str, logp_N: Tensor, reference: Scores) -> Tensor:
     if kind == "exact":
         return reference.comparisons[0]
@@ -357,7 +279,7 @@ def _reference_value(kind: str, logp_N: Tensor, reference: Scores) -> Tensor:
 
 
 def _advantage(
-    work: Work, batch: Batch, old_N: Tensor, teacher: _Opinion | None, reference: Scores | None
+    work: Work, batch: Batch, old_N: Tensor, teacher: Opinion | None, reference: Scores | None
 ) -> Tensor:
     """The advantage of each token, with the control variate and the k1 reward folded in."""
     objective = work.objective
@@ -382,7 +304,7 @@ def _advantage(
 
 
 def _record(
-    tally: Tally, batch: Batch, scores: Scores, teacher: _Opinion | None, num_rollouts: int
+    tally: Tally, batch: Batch, scores: Scores, teacher: Opinion | None, num_rollouts: int
 ) -> None:
     tally.num_tokens += batch.target_N.numel()
     tally.add_tokens("student", batch, scores.logp_N, num_rollouts)
