@@ -151,14 +151,12 @@ def settings_of(
         options["data.train"] = NO_DATA
     changes = [*_as_overrides(options), *overrides]
     if config is not None:
-        made = configuration.load(config, changes)
+        made = _with_local_teacher(configuration.load(config, changes), teacher)
     elif is_embedded:
         made = configuration.load(embedded.path("demo"), changes)
         made = made if teacher else _without_teacher(made)
     else:
         made = configuration.parse({}, changes, source="stableopd doctor")
-    if made.teacher.url:
-        made = _with_local_teacher(made, teacher)
     has_budget = config is not None or is_embedded
     has_budget |= any(change.startswith("rollout.max_new_tokens") for change in changes)
     return Settings(made, config is not None, num_prompts, has_budget)
@@ -174,7 +172,9 @@ def _as_overrides(options: Mapping[str, str | int | None]) -> list[str]:
 
 
 def _with_local_teacher(config: Config, folder: str) -> Config:
-    """A configuration with a folder in place of the teacher that it has served."""
+    """A configuration with a folder in place of the teacher that it has served, if it has one."""
+    if not config.teacher.url:
+        return config
     if not folder:
         raise ConfigError(
             "doctor examines a teacher in this process, and teacher.url names a server; give its "
