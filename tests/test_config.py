@@ -121,8 +121,21 @@ def test_choices(name):
         assert choice in message
 
 
-def test_reserved_names_say_that_this_version_cannot():
-    assert "generates with transformers alone" in refused(rollout={"engine": "vllm"})
+def test_servers_of_rollouts():
+    url, engine = "http://127.0.0.1:8000/v1", {"engine": "vllm"}
+    assert make(rollout=engine | {"url": url}).rollout.url == (url,)
+    other = "https://other.example:8001/v1"
+    assert make(rollout=engine | {"url": [url, other]}).rollout.url == (url, other)
+    assert make(rollout={"url": ""}).rollout.url == make().rollout.url == ()
+    assert "needs rollout.url" in refused(rollout=engine)
+    assert "rollout.engine is 'transformers'" in refused(rollout={"url": url})
+    assert "names a server twice" in refused(rollout=engine | {"url": [url, url]})
+    assert "the address 'nonsense' is not one" in refused(rollout=engine | {"url": "nonsense"})
+    assert "holds credentials" in refused(rollout=engine | {"url": "http://me:secret@host/v1"})
+    assert "a list of strings" in refused(rollout=engine | {"url": [8000]})
+    told = refused(rollout=engine | {"url": url, "api_key_env": "sk-very-secret"})
+    assert "must be the name of an environment variable" in told
+    assert "secret" not in told
 
 
 # method: lambda_policy, lambda_gold, lambda_divergence, beta_reference, advantage

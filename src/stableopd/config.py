@@ -90,7 +90,17 @@ class RolloutConfig:
     top_k: int = 0
     allow_off_policy_sampling: bool = False
     engine: str = "transformers"
-    batch_size: int = 0  # rollouts generated at once; 0: all of a step
+    batch_size: int = 0  # rollouts generated at once in this process; 0: all of a step
+    # The rest is for engine = "vllm".
+    url: tuple[str, ...] | str = ()  # of servers, up to and with "/v1"
+    api_key_env: str = ""  # name of the environment variable that holds the key; "": none is sent
+    weights_dir: str = ""  # design: "" is a folder beside run.output; servers must read it, too
+    # Mean difference of log-probs, in nats, at which a server and the trainer are two models. 0:
+    # 0.001 for servers in float32, else 0.15 (design: rounding to bfloat16 alone was measured as
+    # 0.037; docs/engines.md).
+    tolerance: float = 0.0
+    timeout_s: float = 600.0  # untuned: for one prompt's rollouts, queueing among them
+    patience_s: float = 600.0  # untuned: a server may be started again within this
 
 
 @dataclass(frozen=True)
@@ -345,6 +355,8 @@ def _section(source: str, name: str, cls: type, values: dict[str, Any]) -> Any:
 
 def _typed(source: str, name: str, hint: Any, value: Any) -> Any:
     if isinstance(hint, types.UnionType):
+        if type(None) not in typing.get_args(hint) and isinstance(value, str):
+            value = [value] if value else []  # one text stands for a list of one
         hint = typing.get_args(hint)[0]
         if typing.get_origin(hint) is tuple and isinstance(value, str):
             value = [value] if value else []  # one text stands for a list of one

@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
     "data.chat_template": ("auto", "none"),
     "data.grader": ("exact", "math"),
-    "rollout.engine": ("transformers",),
+    "rollout.engine": ("transformers", "vllm"),
     "objective.method": ("opd", "stable_opd", "sft", "grpo", "gkd"),
     "objective.reference_kl": ("exact", "k1", "k2", "k3"),
     "objective.stop": ("event", "token"),
@@ -61,6 +61,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "rollout.top_p": (0, 1, False),
     "rollout.top_k": (0, 10**9, True),
     "rollout.batch_size": (0, 10**9, True),
+    "rollout.tolerance": (0, 100, True),
+    "rollout.timeout_s": (0, 10**6, False),
+    "rollout.patience_s": (0, 10**6, True),
     "objective.lambda_policy": (0, 1e9, True),
     "objective.lambda_gold": (0, 1e9, True),
     "objective.lambda_divergence": (0, 1e9, True),
@@ -96,11 +99,6 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 # Actions of the alarm that raise the weights of the golden and the reference term.
 RAISING = ("rollback", "strengthen")
 
-# Names that the format keeps for what this version does not do yet.
-RESERVED: dict[str, str] = {
-    "rollout.engine": "this version generates with transformers alone",
-}
-
 
 def check(config: Config, source: str) -> None:
     """Refuse a configuration that cannot do what it says, with the reason.
@@ -121,6 +119,7 @@ def check(config: Config, source: str) -> None:
         *_policy_rules(config),
         *_run_rules(config),
         *_served_rules(config),
+        *_engine_rules(config),
         *_alarm_rules(config),
     ):
         if wrong:
@@ -131,9 +130,8 @@ def _check_field(source: str, name: str, value: Any) -> None:
     items = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
     for item in items:
         if item is not None and name in CHOICES and item not in CHOICES[name]:
-            why = f" ({RESERVED[name]})" if name in RESERVED else ""
             raise ConfigError(
-                f"{source}: {name} = {item!r} is not possible{why}; "
+                f"{source}: {name} = {item!r} is not possible; "
                 f"choose from {', '.join(CHOICES[name])}."
             )
     if isinstance(value, int | float) and name in RANGES:
@@ -343,6 +341,29 @@ def _served_rules(config: Config) -> list[tuple[bool, str]]:
             is_served and o.stop == "event" and not (t.tokenizer or t.stop_ids),
             "teacher.url and objective.stop = 'event': a server does not say what the teacher "
             "stops with; give its folder as teacher.tokenizer, or its ids as teacher.stop_ids.",
+        ),
+    ]
+
+
+def _engine_rules(config: Config) -> list[tuple[bool, str]]:
+    r = config.rollout
+    fault = next((fault for url in r.url if (fault := url_fault(url))), "")
+    return [
+        (
+            r.engine == "vllm" and not r.url,
+            "rollout.engine = 'vllm' needs rollout.url, the address of a server, such as "
+            '"http://127.0.0.1:8000/v1"; docs/engines.md says how to start one.',
+        ),
+        (
+            r.engine != "vllm" and bool(r.url),
+            "rollout.url is the address of a vLLM server, but rollout.engine is "
+            f"{r.engine!r}; set rollout.engine = 'vllm' or leave the address out.",
+        ),
+        (bool(fault), f"rollout.url: {fault}"),
+        (bool(key_fault(r.api_key_env)), f"rollout.api_key_env {key_fault(r.api_key_env)}"),
+        (
+            len(set(r.url)) < len(r.url),
+            "rollout.url names a server twice; give each of them once.",
         ),
     ]
 

@@ -21,15 +21,14 @@ import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from stableopd.runfolder.files import (
-    REMEDIES,
     TEMPORARY,
     append_line,
+    filling,
     finite,
     json_line,
     read,
@@ -201,21 +200,13 @@ class RunFolder:
         final = self.path / CHECKPOINTS / f"{step:06d}"
         temporary = final.with_name(f".{final.name}{TEMPORARY}")
         try:
-            final.parent.mkdir(exist_ok=True)
-            remove(temporary)
-            temporary.mkdir()
-            yield temporary
-            sync_tree(temporary)
-            self._publish(temporary, final)
-        except Exception as error:
-            # Writers of weights report a full disk as errors of their own kinds, some of which
-            # (safetensors) have removed their half of a file by now.
-            told = os.strerror(errno.ENOSPC) in str(error)
-            if told or shutil.disk_usage(self.path).free < 4096:
-                raise refusal(final, OSError(errno.ENOSPC, str(error))) from error
-            if isinstance(error, OSError) and error.errno in REMEDIES:
-                raise refusal(final, error) from error
-            raise
+            with filling(final):
+                final.parent.mkdir(exist_ok=True)
+                remove(temporary)
+                temporary.mkdir()
+                yield temporary
+                sync_tree(temporary)
+                self._publish(temporary, final)
         finally:
             remove(temporary)
 

@@ -18,6 +18,7 @@ __all__ = [
     "REMEDIES",
     "TEMPORARY",
     "append_line",
+    "filling",
     "finite",
     "json_line",
     "read",
@@ -56,6 +57,27 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise refusal(path, error) from error
+
+
+@contextlib.contextmanager
+def filling(path: Path) -> Iterator[None]:
+    """As `writing`, for a folder that is filled with weights."""
+    try:
+        yield
+    except Exception as error:
+        # Writers of weights report a full disk as errors of their own kinds, some of which
+        # (safetensors) have removed their half of a file by now.
+        told = os.strerror(errno.ENOSPC) in str(error)
+        if told or shutil.disk_usage(_existing(path)).free < 4096:
+            raise refusal(path, OSError(errno.ENOSPC, str(error))) from error
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            raise refusal(path, error) from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 def write_bytes(path: Path, pieces: Iterable[bytes]) -> None:

@@ -33,13 +33,7 @@ from stableopd.training.ranks import shared
 from stableopd.training.setup import Run, begin, eval_settings, prune
 from stableopd.training.step import step as make_step
 from stableopd.training.terms import Work
-from stableopd.types import (
-    Rollout,
-    SamplingSettings,
-    ServerError,
-    StableOPDError,
-    TrainingError,
-)
+from stableopd.types import Rollout, SamplingSettings, ServerError, TrainingError
 
 __all__ = ["train"]
 
@@ -61,11 +55,15 @@ def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]
     Raises:
         TrainingError: A loss, gradient or log-prob is not finite. The update was not made, and
             the batch is written to failed/.
-        ServerError: A server is lost; what the steps before made of the student is saved.
+        ServerError: A server of rollouts or a teacher's is lost, or has other weights than the
+            student; what the steps before it made of the student is saved.
         RunFolderError: The run folder can no longer be written.
     """
-    with run.ranks.watched():
-        yield from _steps(run, should_stop)
+    try:
+        with run.ranks.watched():
+            yield from _steps(run, should_stop)
+    finally:
+        run.sampler.close()
     run.accelerator.end_training()
 
 
@@ -81,6 +79,7 @@ def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]
             line, rows = _step(run, guard.objective, step)
         except ServerError as error:
             raise _saved(run, step - 1, error) from None
+        run.sampler.update()
         is_last = step == config.run.steps
         if run.held_out is not None and (step % config.eval.every == 0 or is_last):
             line |= _evaluation(run, run.held_out)
@@ -88,6 +87,7 @@ def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]
         guard, event, line = ranks.on_main(functools.partial(_record, run, guard, line, rows))
         if event is not None:
             ranks.together(functools.partial(_put_back, run, event))
+            run.sampler.update()
         is_interrupted = any(ranks.gather(should_stop()))
         ends = is_interrupted or (event is not None and event.action == "stop")
         if step % config.run.save_every == 0 or is_last or ends:
@@ -98,14 +98,14 @@ def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]
             break
 
 
-def _saved(run: Run, step: int, error: ServerError) -> StableOPDError:
+def _saved(run: Run, step: int, error: ServerError) -> ServerError:
     """Keep the student of the last step, where the next one could not begin; what to tell."""
     if step > run.start_step and step not in run.folder.checkpoints():
         save(run.folder, step, run.student, run.optimizer, run.scheduler, run.ranks)
-    told = f"step {step + 1}: {error}"
-    if step:
-        told += f" The student after step {step} is saved: go on with --resume."
-    return shared(ServerError(told))
+    kept = f" The student after step {step} is saved: go on with --resume." if step else ""
+    told = ServerError(f"step {step + 1}: {error}{kept}")
+    shared(told)
+    return told
 
 
 def _record_start(run: Run, guard: Guard, line: dict[str, Any]) -> tuple[Guard, dict[str, Any]]:
@@ -190,6 +190,7 @@ def _step(
     line |= {
         "objective/lambda_gold": objective.lambda_gold,
         "objective/beta_reference": objective.beta_reference,
+        **run.sampler.metrics,
         "time/rollout_s": rollout_s,
         "time/score_s": judge_s + result.score_s,
         "time/update_s": result.update_s,

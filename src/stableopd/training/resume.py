@@ -19,6 +19,8 @@ __all__ = ["Past", "find_past", "flat"]
 # What --resume may change at will: where things are, how long to wait, what the alarm does.
 FREE = ("run.output", "alarm.action", "teacher.url", "teacher.by_name", "teacher.api_key_env")
 FREE += ("teacher.max_in_flight", "teacher.timeout_s", "teacher.patience_s")
+FREE += ("rollout.url", "rollout.api_key_env", "rollout.weights_dir")
+FREE += ("rollout.tolerance", "rollout.timeout_s", "rollout.patience_s")
 
 
 @dataclass(frozen=True)

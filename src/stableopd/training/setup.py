@@ -21,7 +21,6 @@ from stableopd import models
 from stableopd.config import Config, ObjectiveConfig
 from stableopd.config_checks import RAISING
 from stableopd.models import LanguageModel
-from stableopd.rollout.sampler import TransformersSampler
 from stableopd.rollout.stops import StopPlan, plan_stops, stop_ids_of
 from stableopd.runfolder import RunFolder
 from stableopd.teacher.local import FrozenModel
@@ -34,7 +33,7 @@ from stableopd.training.guard import Guard, spared
 from stableopd.training.loading import Models, load_models, share_out
 from stableopd.training.ranks import Ranks, shared
 from stableopd.training.resume import Past, find_past, flat
-from stableopd.training.sampling import SpreadSampler
+from stableopd.training.sampling import Sampler, make_samplers
 from stableopd.training.teaching import Teaching, find_teaching, needs_served, served_stop_ids
 from stableopd.training.terms import Players
 from stableopd.types import ConfigError, SamplingSettings
@@ -80,8 +79,8 @@ class Run:
     players: Players
     served: ServedTeachers | None
     stops: StopPlan
-    sampler: SpreadSampler
-    eval_sampler: SpreadSampler
+    sampler: Sampler
+    eval_sampler: Sampler
     optimizer: torch.optim.Optimizer
     scheduler: Any
     train: Problems
@@ -146,13 +145,16 @@ def _prepare(config: Config, resume: bool, accelerator: Accelerator, layout: Lay
     start_step, checkpoint = 0, past.checkpoint
     if checkpoint is not None:
         start_step = ranks.together(lambda: load_trainer(checkpoint, optimizer, scheduler))
-
-    def sampler(batch_size: int) -> SpreadSampler:
-        inner = TransformersSampler(
-            student.model, student.tokenizer, read.stops.decode_ids, read.num_tokens, batch_size
-        )
-        return SpreadSampler(inner, ranks)
-
+    sampler, eval_sampler = make_samplers(
+        config,
+        student,
+        read.stops,
+        read.num_tokens,
+        read.train,
+        read.held_out,
+        ranks,
+        accelerator.autocast,
+    )
     return Run(
         config=config,
         folder=past.folder,
@@ -163,8 +165,8 @@ def _prepare(config: Config, resume: bool, accelerator: Accelerator, layout: Lay
         players=_players(config, accelerator, models, read.stops, read.num_tokens),
         served=read.teacher.served,
         stops=read.stops,
-        sampler=sampler(config.rollout.batch_size),
-        eval_sampler=sampler(config.eval.batch_size),
+        sampler=sampler,
+        eval_sampler=eval_sampler,
         optimizer=optimizer,
         scheduler=scheduler,
         train=read.train,
