@@ -5,12 +5,13 @@ PY    := $(VENV)/bin/python
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-slow verl lint types format bench reproduce smollm2 wheel clean
+.PHONY: help demo test test-slow verl vllm lint types format bench reproduce smollm2 wheel clean
 
 help:
 	@echo "make demo    OPD collapses, StableOPD does not: both, live, in a minute or two"
 	@echo "make test    the tests;  make lint, make types: the other checks"
 	@echo "make verl    the tests inside verl, in an environment of their own (.venv-verl, 2 GB)"
+	@echo "make vllm    the tests with real vLLM servers, from an environment of their own (.venv-vllm, 4 GB)"
 	@echo "make bench   the benchmarks beside TRL, in .venv-bench: 45 minutes;  make smollm2: the recipe with a real language model"
 	@echo "make reproduce   every run behind docs/results.md, and the page: 2.5 hours, resumable"
 
@@ -47,6 +48,19 @@ VERL_PIP := .venv-verl/bin/python -m pip install --quiet --disable-pip-version-c
 
 verl: .venv-verl/.done
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -m verl tests/test_verl.py tests/test_verl_setup.py $(TEST_FLAGS)
+
+# The servers need the worker extension, which is in our package, and nothing else of it.
+VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check
+
+.venv-vllm/.done: requirements/vllm.txt pyproject.toml
+	test -x .venv-vllm/bin/python || python3 -m venv .venv-vllm
+	.venv-vllm/bin/python -c "import torch" 2>/dev/null || $(VLLM_PIP) $(TORCH)
+	$(VLLM_PIP) --no-deps -r requirements/vllm.txt
+	$(VLLM_PIP) --no-deps --editable .
+	touch $@
+
+vllm: $(VENV)/.dev .venv-vllm/.done
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m vllm $(TEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -105,5 +119,5 @@ wheel: $(VENV)/.dev
 	$(PY) -m build --wheel --outdir dist
 
 clean:
-	rm -rf $(VENV) .venv-verl .venv-bench dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-verl .venv-vllm .venv-bench dist build .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""A real vLLM server on this machine, started from an environment of its own."""
+"""Real vLLM servers on this machine, started from an environment of their own."""
 
 from __future__ import annotations
 
@@ -6,21 +6,43 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import httpx2
 
+from stableopd.rollout.vllm_worker import WeightUpdates
+
 ROOT = Path(__file__).parent.parent
 PYTHON = os.environ.get("STABLEOPD_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
+# On a quiet machine a server is up in half a minute; on a busy one it has taken half an hour.
 PATIENCE_S = float(os.environ.get("STABLEOPD_VLLM_PATIENCE_S", "3600"))
 
+# CPUs, without a connection to anywhere, and with as little memory as goes.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
 }
+
+
+class PlainWeightUpdates(WeightUpdates):
+    """What a server does whose head is not packed again; it runs inside vLLM."""
+
+    def stableopd_load(self, folder, tag):
+        self.model_runner.reload_weights(weights_path=folder)
+        self.stableopd_tag = tag
+        return {"tag": tag}
+
+
+def prepare(folder: Path) -> Path:
+    """The embedded student as recipes/vllm makes it for vLLM."""
+    file = ROOT / "recipes" / "vllm" / "prepare.py"
+    subprocess.run([sys.executable, str(file), str(folder)], check=True)
+    return folder
 
 
 class Server:
@@ -32,7 +54,7 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self.log = log
-        self.command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        self.command = [PYTHON, "-m", "stableopd.rollout.vllm_worker", "--model", str(model)]
         self.command += ["--port", str(self.port), "--enforce-eager", "--dtype", "float32"]
         self.command += ["--max-model-len", "128", *options]
         self.process: subprocess.Popen[bytes] | None = None
