@@ -32,7 +32,7 @@ from stableopd.types import DataError, ModelError, Rollout, SamplingSettings, St
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TransformersSampler"]
+__all__ = ["TransformersSampler", "as_rollout", "require_tokens"]
 
 
 class TransformersSampler:
@@ -102,12 +102,7 @@ class TransformersSampler:
             DataError: A prompt has no token.
             TrainingError: The model's logits are not finite.
         """
-        for prompt_id, prompt_ids in prompts:
-            if not prompt_ids:
-                raise DataError(
-                    f"prompt {prompt_id!r} has no token to continue from; give it some text or use "
-                    "a tokenizer that begins with one."
-                )
+        require_tokens(prompts)
         work = [place for place in range(len(prompts)) for _ in range(num_per_prompt)]
         size = self.batch_size or max(len(work), 1)
         pick = _pick(settings, self.num_tokens)
@@ -129,31 +124,63 @@ class TransformersSampler:
                     pick,
                 )
                 rollouts += [
-                    self._rollout(*prompts[place], ids, logps, settings)
+                    as_rollout(prompts[place], ids, logps, settings, self.tokenizer, self.stop_ids)
                     for place, (ids, logps) in zip(chunk, drawn, strict=True)
                 ]
         return rollouts
 
-    def _rollout(
-        self,
-        prompt_id: str,
-        prompt_ids: tuple[int, ...],
-        ids: list[int],
-        logps: list[float],
-        settings: SamplingSettings,
-    ) -> Rollout:
-        stopped = ids[-1] in self.stop_ids
-        # A stop id need not be marked special in the tokenizer, so that decode could keep it.
-        text = self.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
-        return Rollout(
-            prompt_id=prompt_id,
-            prompt_ids=tuple(prompt_ids),
-            completion_ids=tuple(ids),
-            completion=str(text),
-            stop_reason=StopReason.STOP if stopped else StopReason.LENGTH,
-            sampler_logps=tuple(logps),
-            settings=settings,
-        )
+
+def require_tokens(prompts: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Refuse prompts that nothing can be written behind.
+
+    Args:
+        prompts: Pairs of a prompt's id and its token ids.
+
+    Raises:
+        DataError: One has no token.
+    """
+    for prompt_id, prompt_ids in prompts:
+        if not prompt_ids:
+            raise DataError(
+                f"prompt {prompt_id!r} has no token to continue from; give it some text or use "
+                "a tokenizer that begins with one."
+            )
+
+
+def as_rollout(
+    prompt: tuple[str, tuple[int, ...]],
+    ids: list[int],
+    logps: list[float],
+    settings: SamplingSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+) -> Rollout:
+    """What has been drawn, as a rollout.
+
+    Args:
+        prompt: The prompt's id and its token ids.
+        ids: Token ids of the completion, with its stop.
+        logps: Their log-probs, in nats.
+        settings: How they were drawn.
+        tokenizer: Decodes them.
+        stop_ids: Ids of which the last one is one, unless the completion was cut off.
+
+    Returns:
+        The rollout.
+    """
+    prompt_id, prompt_ids = prompt
+    stopped = ids[-1] in stop_ids
+    # A stop id need not be marked special in the tokenizer, so that decode could keep it.
+    text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+    return Rollout(
+        prompt_id=prompt_id,
+        prompt_ids=tuple(prompt_ids),
+        completion_ids=tuple(ids),
+        completion=str(text),
+        stop_reason=StopReason.STOP if stopped else StopReason.LENGTH,
+        sampler_logps=tuple(logps),
+        settings=settings,
+    )
 
 
 def _pick(settings: SamplingSettings, num_tokens: int) -> Pick:

@@ -18,15 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stableopd.endpoint import Endpoint, root_of
-from stableopd.types import (
-    ConfigError,
-    DataError,
-    ModelError,
-    Rollout,
-    SamplingSettings,
-    ServerError,
-    StopReason,
-)
+from stableopd.rollout.sampler import as_rollout, require_tokens
+from stableopd.types import ConfigError, ModelError, Rollout, SamplingSettings, ServerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -245,12 +238,7 @@ class VllmSampler:
             ModelError: A server writes ids that the student has not, or stops where it should not.
             ServerError: The servers do not answer, or not with rollouts.
         """
-        for prompt_id, prompt_ids in prompts:
-            if not prompt_ids:
-                raise DataError(
-                    f"prompt {prompt_id!r} has no token to continue from; give it some text or use "
-                    "a tokenizer that begins with one."
-                )
+        require_tokens(prompts)
         self.has_reloaded = False
         for _ in range(MAX_TRIES):
             bodies = [
@@ -261,8 +249,8 @@ class VllmSampler:
             # The tags come last: a server that has it now had it all the time.
             if all(self._is_current(root) for root in self.roots):
                 return [
-                    self._rollout(prompt_id, prompt_ids, ids, logps, settings)
-                    for (prompt_id, prompt_ids), rows in zip(prompts, drawn, strict=True)
+                    as_rollout(prompt, ids, logps, settings, self.tokenizer, self.stop_ids)
+                    for prompt, rows in zip(prompts, drawn, strict=True)
                     for ids, logps in rows
                 ]
             self._load()
@@ -360,26 +348,6 @@ class VllmSampler:
             f"rollout.url: the server ended a completion of {len(ids)} tokens of {budget} by "
             f"{choice['finish_reason']!r} at id {ids[-1]}, which is not how it was told to stop "
             f"(ids {list(self.stop_ids)}); start it with {START}."
-        )
-
-    def _rollout(
-        self,
-        prompt_id: str,
-        prompt_ids: tuple[int, ...],
-        ids: list[int],
-        logps: list[float],
-        settings: SamplingSettings,
-    ) -> Rollout:
-        stopped = ids[-1] in self.stop_ids
-        text = self.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
-        return Rollout(
-            prompt_id=prompt_id,
-            prompt_ids=tuple(prompt_ids),
-            completion_ids=tuple(ids),
-            completion=str(text),
-            stop_reason=StopReason.STOP if stopped else StopReason.LENGTH,
-            sampler_logps=tuple(logps),
-            settings=settings,
         )
 
     def _rpc(self, root: str, method: str, arguments: list[str]) -> list[dict[str, Any]]:
