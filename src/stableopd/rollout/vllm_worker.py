@@ -6,8 +6,8 @@ starts vLLM's own server, whose options may follow. This file runs in vLLM's env
 needs nothing else of this package: it imports torch and vLLM alone.
 
 What plain vLLM (0.32) gets wrong: its `reload_weights` loads a new input embedding, but on CPUs the
-output head computes with a packed copy of its weight, made when it is first used, and a head that is
-tied to the embedding is not packed again. It goes on with the old weights, and the answer is 200.
+output head computes with a packed copy of its weight, made when it is first used, and a head that
+is tied to the embedding is not packed again. It goes on with the old weights, and answers 200.
 """
 
 from __future__ import annotations
