@@ -157,16 +157,19 @@ def test_another_tokenizer_is_refused_before_the_first_step(world):
     assert not (world / "swapped").exists()
 
 
-def test_stop_ids_from_the_folder_of_the_tokenizer(world, tmp_path):
+@pytest.mark.parametrize("field", ["tokenizer", "model"])
+def test_stop_ids_from_a_folder(world, tmp_path, field):
+    """Of the tokenizer, or of the model that is served under its folder's name."""
     other = make_llama(1, width=48)
     other.generation_config.eos_token_id = [END]
     save_model(tmp_path / "t", other, make_tokenizer(eos="<end>"))
-    teacher = {"stop_ids": [], "tokenizer": str(tmp_path / "t")}
-    with serving(vllm_like(teacher_of(world))) as server:
-        config = served_config(world, "folder", server.url, teacher=teacher, run={"steps": 1})
+    teacher = {"stop_ids": [], field: str(tmp_path / "t")}
+    name = f"folder-{field}"
+    with serving(vllm_like(teacher_of(world), name=teacher.get("model", "tiny"))) as server:
+        config = served_config(world, name, server.url, teacher=teacher, run={"steps": 1})
         code, _, err = run_cli("train", config)
     assert code == 0, err
-    stops = json.loads((world / "folder/environment.json").read_text())["stops"]
+    stops = json.loads((world / name / "environment.json").read_text())["stops"]
     assert (stops["teacher_ids"], stops["event_ids"]) == ([END], [EOS, END])
 
 
@@ -194,6 +197,7 @@ def refused(teacher=None, **sections):
         ({"api_key_env": KEY}, {}, "must be the name of an environment variable"),
         ({"temperature": 0.5}, {}, "leave it at 1"),
         ({"stop_ids": []}, {}, "teacher.tokenizer, or its ids as teacher.stop_ids"),
+        ({"stop_ids": [], "model": "no/folder"}, {}, "or its ids as teacher.stop_ids"),
         ({"stop_ids": [True]}, {}, "must be a list of whole numbers"),
         ({"gguf_file": "x.gguf"}, {}, "leave one of the two out"),
         ({"url": [], "model": "t"}, {}, "belong to a served teacher"),

@@ -1,6 +1,7 @@
-"""Write the embedded student with heads of 32: the same function, in a shape that vLLM computes.
+"""Write an embedded model with heads of 32: the same function, in a shape that vLLM computes.
 
     python recipes/vllm/prepare.py work/vllm/student
+    python recipes/vllm/prepare.py work/vllm/teacher teacher
 
 vLLM's attention on CPUs has no heads of 16. Each head gets 16 more entries that are always 0, and
 what depends on the size of a head is set so that nothing else changes: the rotations of the first
@@ -25,9 +26,9 @@ def widened(weight_OI: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([parts, torch.zeros_like(parts)], dim=2).reshape(-1, weight_OI.shape[-1])
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, name: str = "student") -> None:
     logging.disable_progress_bar()
-    source = embedded.path("student")
+    source = embedded.path(name)
     model = LlamaForCausalLM.from_pretrained(source)
     size = model.config.head_dim
     weights = model.state_dict()
@@ -50,4 +51,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

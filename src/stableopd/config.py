@@ -59,7 +59,7 @@ class TeacherConfig:
     by_name: dict[str, tuple[str, ...] | str] = field(
         default_factory=lambda: dict[str, tuple[str, ...] | str]()
     )  # further teachers, for rows whose column data.teacher names them: name = url(s)
-    tokenizer: str = ""  # folder or hub name: what it stops with, and that it is the student's
+    tokenizer: str = ""  # folder or hub name: what it stops with; "": `model`, if that is a folder
     stop_ids: tuple[int, ...] = ()  # what it stops with, where there is no such folder
     api_key_env: str = ""  # name of the environment variable that holds the key; "": none is sent
     max_in_flight: int = 32  # untuned: requests under way at once, of one process to one teacher

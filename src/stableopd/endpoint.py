@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from stableopd.config_checks import url_fault
+from stableopd.config_servers import url_fault
 from stableopd.types import ConfigError, ServerError
 
 __all__ = ["Endpoint", "root_of"]

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from stableopd.config import TeacherConfig
-from stableopd.config_checks import key_fault
+from stableopd.config_servers import key_fault
 from stableopd.endpoint import Endpoint
 from stableopd.evaluate.loading import load_model
 from stableopd.models import LanguageModel, shared_vocabulary

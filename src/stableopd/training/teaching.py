@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 
 from stableopd.config import Config, TeacherConfig
+from stableopd.config_servers import tokenizer_source
 from stableopd.endpoint import Endpoint
 from stableopd.models import LanguageModel, require_same_vocabulary
 from stableopd.rollout.stops import StopPlan, stop_ids_of
@@ -57,9 +58,10 @@ def served_stop_ids(teacher: TeacherConfig) -> tuple[int, ...] | None:
     Raises:
         ModelError: The tokenizer's folder cannot be read, or names no stop.
     """
-    if teacher.stop_ids or not teacher.tokenizer:
+    source = tokenizer_source(teacher)
+    if teacher.stop_ids or not source:
         return teacher.stop_ids or None
-    tokenizer, files = _read(teacher.tokenizer)
+    tokenizer, files = _read(source)
     return stop_ids_of(files, tokenizer)
 
 
@@ -122,9 +124,10 @@ def find_teaching(
         return Teaching(None, None, None)
     t, o = config.teacher, config.objective
     tokenizer = None
-    if t.tokenizer:
-        tokenizer, _ = _read(t.tokenizer)
-        require_same_vocabulary(student.name, student.tokenizer, t.tokenizer, tokenizer)
+    source = tokenizer_source(t)
+    if source:
+        tokenizer, _ = _read(source)
+        require_same_vocabulary(student.name, student.tokenizer, source, tokenizer)
     # Merged stops are one token: with E of them, K + E - 1 ids hold K tokens.
     top_k = min(o.top_k + max(0, len(stops.event_ids) - 1), num_tokens)
     top_k = top_k if o.lambda_divergence else 0
