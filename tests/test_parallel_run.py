@@ -4,6 +4,7 @@ With top-k 1 a rollout does not depend on the draw, so that a run of two process
 numbers of one.
 """
 
+import json
 import math
 import os
 import signal
@@ -52,6 +53,14 @@ def alone(world):
     code, _, err = tiny.run_cli("train", configure(world, "alone"))
     assert code == 0, err
     return world / "alone"
+
+
+def test_processes_without_a_gpu_find_each_other(world, server):
+    """Also where the configuration does not name the CPU."""
+    codes, errors = server.train(configure(world, "auto", run={"device": "auto", "steps": 1}))
+    assert codes == [0, 0], errors
+    environment = json.loads((world / "auto" / "environment.json").read_text())
+    assert environment["num_processes"] == 2
 
 
 def assert_same(run, other):

@@ -73,7 +73,8 @@ def make_accelerator(
     wants_bf16 = dtype == "auto" and device in ("auto", "cuda") and has_cuda
     mixed = "bf16" if wants_bf16 and torch.cuda.is_bf16_supported() else "no"
     return Accelerator(
-        cpu=device == "cpu",
+        # Else processes that torchrun starts where there is no GPU would each believe to be alone.
+        cpu=device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision=mixed,
         log_with=list(trackers) or None,
         project_dir=str(folder / "trackers") if trackers else None,
