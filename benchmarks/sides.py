@@ -92,6 +92,13 @@ class Replay:
 
     def __init__(self, world: World, vocabulary: int) -> None:
         self.world, self.vocabulary = world, vocabulary
+        self.metrics: dict[str, float] = {}
+
+    def update(self) -> None:
+        """Nothing follows the student."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def sample(self, prompts: Any, num_per_prompt: int, settings: Any, seed: int) -> list[Any]:
         from stableopd.types import Rollout, StopReason

@@ -16,7 +16,7 @@ from stableopd.doctor.memory import FLOAT32, MIXED
 from stableopd.objective.likeliest import BLOCK
 from stableopd.objective.logprobs import SWEEP_VOCABULARY
 from stableopd.objective.sweep import MAX_ROWS
-from stableopd.training.terms import OVERLAP_K
+from stableopd.training.opinions import OVERLAP_K
 
 # Assumptions about software. None was measured on a GPU.
 CALL_S = 1e-3  # a layer of one decoding step of `generate`: launches, whatever the size
