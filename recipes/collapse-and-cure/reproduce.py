@@ -55,9 +55,11 @@ def main(
     chosen = group or known
     arms = experiments.all_arms([name for name in chosen if name != "phase"])
     cells = phase.cells() if "phase" in chosen else []
-    note_commit(output)
+    jobs = jobs_of(arms, cells, num_seeds, output, steps)
+    if jobs:
+        note_commit(output)
     make_models(models_needed(arms, cells, num_seeds, output, steps), output, workers, steps)
-    failed = work(jobs_of(arms, cells, num_seeds, output, steps), workers, "runs")
+    failed = work(jobs, workers, "runs")
     failed += work(finals_of(arms, num_seeds, output, steps), workers, "evaluations")
     if failed:
         raise typer.Exit(1)
