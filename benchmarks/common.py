@@ -258,8 +258,13 @@ def judged(value: float, target: float | None, at_least: bool = False, unit: str
     return [f"{'≥' if at_least else '≤'} {target:g}{unit}", "yes" if met else "**no**"]
 
 
-def require_close(what: str, ours: Sequence[float], peer: Sequence[float], rel: float) -> None:
-    """End the program where two lists of numbers differ; nothing is timed then."""
+def require_close(
+    what: str, ours: Sequence[float], peer: Sequence[float], rel: float, least: float = 0.0
+) -> None:
+    """End the program where two lists of numbers differ; nothing is timed then.
+
+    Numbers below `least` are compared as if they were that large.
+    """
     pairs = list(zip(ours, peer, strict=True))
-    if not pairs or any(not abs(a - b) <= rel * max(abs(a), abs(b)) for a, b in pairs):
+    if not pairs or any(not abs(a - b) <= rel * max(abs(a), abs(b), least) for a, b in pairs):
         sys.exit(f"the two sides disagree on {what}: {list(ours)} and {list(peer)}")

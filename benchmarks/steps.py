@@ -25,7 +25,8 @@ def check(method: str, peer: str, world: str) -> None:
     spec = {"world": world, "warm": 0, "steps": REPLAYED, "replay": True}
     ours = measure(SIDES, spec | {"side": method})
     if method == "stable_opd":
-        require_close(f"the loss of {method}", ours["loss"], ours["dense"], AGREEMENT)
+        # Differences of log-probs of some 10 nats: what is left of them is compared in nats.
+        require_close(f"the loss of {method}", ours["loss"], ours["dense"], AGREEMENT, 1.0)
         return
     theirs = measure(SIDES, spec | {"side": peer})
     expected = [-a for a in theirs["advantage"]] if method == "opd" else theirs["loss"]
