@@ -18,15 +18,12 @@ __all__ = ["self_test"]
 # different batches moves single log-probs by some 0.01, and advantages are about 0.1 a token.
 TOLERANCE = 0.05
 
-# Tokens that are compared, and of each prompt its first ones.
-MAX_TOKENS, MAX_PROMPT_TOKENS = 256, 64
+# Tokens that are compared, so few that a short context holds them; of each prompt its first ones.
+MAX_TOKENS, MAX_PROMPT_TOKENS = 96, 64
 NUM_IDS = 48
 
 # Digits, case, spaces, code, accents, other scripts and a character outside the first plane.
-TEXT = (
-    "In 2024 we had 3.14159 apples, didn't we?  def f(x):\n\treturn x**2  # naïve Größe\n"
-    "\\boxed{42} = 17+25; Привет 你好 😀"
-)
+TEXT = "In 2024 we had 3.14 apples?  def f(x):\n\treturn x**2  # naïve\n\\boxed{42}; Привет 你 😀"
 
 
 def self_test(
