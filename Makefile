@@ -12,7 +12,7 @@ help:
 	@echo "make test    the tests;  make lint, make types: the other checks"
 	@echo "make verl    the tests inside verl, in an environment of their own (.venv-verl, 2 GB)"
 	@echo "make vllm    the tests with real vLLM servers, from an environment of their own (.venv-vllm, 4 GB)"
-	@echo "make bench   the benchmarks beside TRL, in .venv-bench: 45 minutes;  make smollm2: the recipe with a real language model"
+	@echo "make bench   the benchmarks beside TRL, in .venv-bench: an hour;  make smollm2: the recipe with a real language model"
 	@echo "make reproduce   every run behind docs/results.md, and the page: 2.5 hours, resumable"
 
 $(VENV)/.base: requirements/base.txt pyproject.toml
