@@ -124,8 +124,9 @@ def test_two_processes_ask_for_their_shares(world, server):
 def test_teachers_by_a_column(world):
     rows = [{**row, "teacher": ["", "other"][i % 2]} for i, row in enumerate(sums())]
     data = {"train": str(write_rows(world / "two.jsonl", rows))}
-    with serving(vllm_like(teacher_of(world))) as one, serving(vllm_like(make_llama(5))) as two:
-        teacher = {"by_name": "BY_NAME"}
+    other = vllm_like(make_llama(5), name="another")  # `model` is the name of the default alone
+    with serving(vllm_like(teacher_of(world))) as one, serving(other) as two:
+        teacher = {"model": "tiny", "by_name": "BY_NAME"}
         config = served_config(world, "two", one.url, teacher=teacher, data=data, run={"steps": 1})
         table = f'{{other = "{two.url}"}}'
         config.write_text(config.read_text().replace('"BY_NAME"', table))

@@ -274,7 +274,7 @@ def find_model(endpoint: Endpoint, wanted: str) -> tuple[str, int | None]:
             asked = f", not {name!r}" if name else ""
             raise ModelError(
                 f"{endpoint.name}: {url} serves {served}{asked}; give the name of one of these "
-                "as teacher.model."
+                "as teacher.model, or serve one model at the address of a further teacher."
             )
         # One token is generated, as servers want that.
         lengths = [card.get("max_model_len") for card in cards if card["id"] == name]

@@ -136,7 +136,8 @@ def find_teaching(
     for name, urls in {None: t.url, **t.by_name}.items():
         told = "teacher" if name is None else f"teacher {name!r}"
         endpoint = open_endpoint(t, tuple(urls), told)
-        model, context = find_model(endpoint, t.model)
+        # `model` names the default teacher: the others are other models, one at each address.
+        model, context = find_model(endpoint, t.model if name is None else "")
         contexts += [context] if context else []
         found[name] = ServedTeacher(endpoint, model, stops.event_ids, top_k)
     return Teaching(tokenizer, min(contexts, default=None), ServedTeachers(found))
