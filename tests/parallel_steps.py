@@ -14,7 +14,7 @@ from stableopd.training.loading import checkpoint_gradients
 from stableopd.training.ranks import ALONE, Ranks
 from stableopd.training.step import step
 from stableopd.types import ConfigError, StopReason, TrainingError
-from tiny import CPU, make_llama, make_tokenizer
+from tiny import CPU, in_double, make_llama, make_tokenizer
 
 NUM_STEPS = 3
 
@@ -22,9 +22,9 @@ NUM_STEPS = 3
 def make_student(case):
     """A student, and the reference that belongs to it."""
     options = {"tie_word_embeddings": bool(case.get("tied"))}
-    student = make_llama(0, sharp=8, **options).double()
+    student = in_double(make_llama(0, sharp=8, **options))
     if not case.get("lora"):
-        return student, make_llama(2, sharp=8, **options).double()
+        return student, in_double(make_llama(2, sharp=8, **options))
     torch.manual_seed(0)
     whole = LanguageModel("student", student, None, None)
     student = models.add_lora(whole, 2, 32, "all-linear").model

@@ -5,12 +5,13 @@ import random
 import torch
 
 from stableopd.config import parse
+from stableopd.hidden import reads_prompts_once
 from stableopd.objective.advantage import group_reward
 from stableopd.teacher.local import FrozenModel
 from stableopd.training.step import step
 from stableopd.training.terms import Players, Work
 from stableopd.types import Rollout, SamplingSettings, Sequence, StopReason
-from tiny import END, EOS, PAD, V, make_llama
+from tiny import END, EOS, PAD, V, in_double, make_llama
 
 STOPS = (EOS, END)
 MAX_LENGTH = 9
@@ -24,19 +25,21 @@ def objective(method="stable_opd", **fields):
 
 
 def model(seed, width=32, sharp=30.0):
-    return make_llama(seed, width, sharp=sharp).double()
+    return in_double(make_llama(seed, width, sharp=sharp))
 
 
 def make_rollouts(seed=0):
     """Three prompts with two rollouts each; stops of both ids, and two that were cut off."""
     draw = random.Random(seed)
+    prompts = [tuple(draw.randrange(3, V) for _ in range(3 + i)) for i in range(3)]
     rollouts = []
     for i, (length, stop) in enumerate([(4, EOS), (9, 0), (2, END), (6, EOS), (9, 0), (1, EOS)]):
         body = tuple(draw.randrange(3, V) for _ in range(length - bool(stop)))
-        prompt = tuple(draw.randrange(3, V) for _ in range(3 + i // 2))
         reason = StopReason.STOP if stop else StopReason.LENGTH
         ids = (*body, stop) if stop else body
-        rollouts.append(Rollout(f"p{i // 2}", prompt, ids, "", reason, (0.0,) * length, SETTINGS))
+        rollouts.append(
+            Rollout(f"p{i // 2}", prompts[i // 2], ids, "", reason, (0.0,) * length, SETTINGS)
+        )
     return rollouts
 
 
@@ -80,11 +83,14 @@ def flat(student):
 
 
 class Counted:
-    """How often a model is called."""
+    """How often a model is called, and how many rows it reads."""
 
     def __init__(self, language_model):
-        self.calls = 0
-        language_model.base_model.register_forward_pre_hook(self._count)
+        if hasattr(language_model, "get_output_embeddings"):
+            reads_prompts_once(language_model)  # is asked once, which is not to be counted
+        self.calls = self.rows = 0
+        language_model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, *_):
+    def _count(self, _, args, named):
         self.calls += 1
+        self.rows += len(named["input_ids"] if "input_ids" in named else args[0])

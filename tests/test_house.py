@@ -22,7 +22,7 @@ FILES = sorted(SRC.rglob("*.py"))
 # room: (layer, what of the package it may import beside its own room)
 FOUNDATION = {"types", "config", "config_checks", "config_servers"}
 MATHS = FOUNDATION | {"objective", "diagnostics"}
-MODELS = MATHS | {"models"}
+MODELS = MATHS | {"hidden", "models"}
 DATA = {"rollout", "teacher", "data", "runfolder", "embedded"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_servers": {"types", "config"},
     "objective": FOUNDATION,
     "diagnostics": FOUNDATION,
-    "models": FOUNDATION | {"objective"},
+    "hidden": FOUNDATION,
+    "models": FOUNDATION | {"objective", "hidden"},
     # A client of servers, for rollouts and teachers alike; it knows of neither.
     "endpoint": FOUNDATION,
     "rollout": MODELS | {"endpoint"},

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 import tiny
 from stableopd import models
-from stableopd.models import LanguageModel, token_hidden_states
+from stableopd.hidden import token_hidden_states
+from stableopd.models import LanguageModel
 from stableopd.teacher.local import FrozenModel
 from stableopd.training.batch import collate
 from stableopd.types import ModelError, Sequence

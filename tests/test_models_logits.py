@@ -23,7 +23,8 @@ from transformers import (
 
 import tiny
 from stableopd import models
-from stableopd.models import LanguageModel, head_of, hidden_states, token_hidden_states
+from stableopd.hidden import hidden_states, token_hidden_states
+from stableopd.models import LanguageModel, head_of
 from stableopd.training.batch import collate
 from stableopd.types import ModelError, Sequence
 from tiny import CPU, V, make_llama, make_tokenizer, save_model

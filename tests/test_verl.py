@@ -22,11 +22,10 @@ from stableopd.config import RepetitionConfig
 from stableopd.integrations.verl import distillation_loss
 from stableopd.integrations.verl.tokens import event_logps
 from stableopd.objective import loss
-from stableopd.training.batch import collate, rollout_sequences
+from stableopd.training.batch import rollout_sequences
 from stableopd.training.metrics import step_metrics
-from stableopd.training.terms import Tally, rollout_terms
+from stableopd.training.terms import Tally, terms_of
 from stableopd.types import ConfigError
-from tiny import CPU, PAD
 
 
 def gradient(value: torch.Tensor, student) -> torch.Tensor:
@@ -109,8 +108,7 @@ def test_several_updates_and_the_clip(event):
         work = step_parts.work(world.objective, rollouts=world.rollouts, golden=world.golden)
         who = step_parts.players(world.student, world.teacher)
         tally = Tally()
-        batch = collate(rollout_sequences(world.rollouts), PAD, CPU)
-        rollout_terms(who, work, tally, batch, None)
+        terms_of(who, work, tally, rollout_sequences(world.rollouts), None)
         for i, r in enumerate(world.rollouts):
             if r.completion_ids[-1] in parts.STOPS:
                 world.old_logps[i][-1] = tally.per_rollout["student"][i][-1]

@@ -56,6 +56,16 @@ def make_llama(seed: int = 0, width: int = 32, rows: int = V, sharp: float = 1.0
     return model.eval()
 
 
+def in_double(model: Any) -> Any:
+    """The model in float64, its norms too, which transformers computes in float32."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
+    return model.double()
+
+
 def save_model(folder: Path, model: Any, tokenizer: Any = None) -> Path:
     """Write a model folder, without a progress bar on standard error."""
     logging.disable_progress_bar()

@@ -25,9 +25,9 @@ from verl.workers.rollout.replica import TokenOutput
 
 import step_parts
 from stableopd.integrations.verl.rollouts import StopEventTeacher
-from stableopd.training.batch import collate, rollout_sequences
-from stableopd.training.terms import Tally, golden_term, rollout_terms
-from tiny import CPU, PAD, make_tokenizer
+from stableopd.training.batch import rollout_sequences
+from stableopd.training.terms import Tally, terms_of
+from tiny import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "recipes" / "verl" / "train.sh"
@@ -204,13 +204,12 @@ class World:
             event=self.event,
         )
         work = step_parts.work(o, rollouts=self.rollouts, golden=self.golden)
-        batch = collate(rollout_sequences(self.rollouts), PAD, CPU)
-        found = rollout_terms(who, work, tally, batch, self.old_logps)
+        sequences = self.sequences
+        found = terms_of(who, work, tally, sequences, self.old_logps)
         total = (o.lambda_policy or 0.0) * found.get("opd", torch.zeros(()))
         if o.reference_kl != "k1" and "reference_kl" in found:
             total = total + o.beta_reference * found["reference_kl"]
         if o.lambda_gold:
-            found["golden"] = golden_term(who, work, collate(self.golden, PAD, CPU))
             total = total + o.lambda_gold * found["golden"]
         return total, found, tally
 

@@ -21,6 +21,7 @@ from stableopd import models
 from stableopd.config import DataConfig
 from stableopd.data.grading import grade
 from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.hidden import token_hidden_states
 from stableopd.models import LanguageModel
 from stableopd.objective.divergence import reverse_kl
 from stableopd.objective.logprobs import score_tokens
@@ -161,7 +162,7 @@ def _kl_of_rollouts(
     for group in micro_batches(rollout_sequences(rollouts), MICRO_BATCH_TOKENS):
         batch = collate(group, stops.label_id, torch.device("cpu"))
         scores = score_tokens(
-            models.token_hidden_states(student.model, batch),
+            token_hidden_states(student.model, batch),
             head,
             batch.target_N,
             stop_ids=stop_ids,

@@ -1,13 +1,12 @@
 """Loading language models, and what the rest of the program needs to know of them.
 
-This file stands below `rollout/`, `teacher/` and `training/`, because all three need hidden states
-and heads. Models are any causal LM of transformers whose logits are `head(hidden)`, which is
-checked when one is loaded. Weights come from safetensors or GGUF alone, and no remote code runs.
+This file stands below `rollout/`, `teacher/` and `training/`, because all three need heads. Models
+are any causal LM of transformers whose logits are `head(hidden)`, which is checked when one is
+loaded. Weights come from safetensors or GGUF alone, and no remote code runs.
 """
 
 from __future__ import annotations
 
-import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,25 +16,21 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
+from stableopd.hidden import hidden_states
 from stableopd.objective.heads import Head
-from stableopd.types import Batch, ModelError
+from stableopd.types import ModelError
 
 __all__ = [
-    "HOOKED",
     "LanguageModel",
     "add_lora",
-    "base_of",
     "head_of",
-    "hidden_states",
     "load",
-    "offer_hooked_hidden_states",
     "require_head",
     "require_same_tokenizer",
     "require_same_vocabulary",
     "shared_vocabulary",
-    "token_hidden_states",
     "with_adapter",
 ]
 
@@ -51,10 +46,6 @@ LOAD_ERRORS = (
     SafetensorError,
     StrictDataclassError,
 )
-
-# Name of the method through which a sharded model gives its hidden states: weights are gathered by
-# hooks on the whole model, which a call of its backbone alone would pass by.
-HOOKED = "hooked_hidden_states"
 
 # Logits of the full model and of head(hidden) may differ by rounding alone.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -202,64 +193,6 @@ def head_of(model: Any, role: str = "model", source: str = "") -> Head:
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(output.weight, output.bias, scale, float(softcap) if softcap else None)
-
-
-def hidden_states(model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    """Last hidden states, after the final norm and before the output head.
-
-    Args:
-        model: A transformers model, or a PEFT model around one.
-        input_ids_BT: Token ids, padded on the right.
-        attention_mask_BT: 1 at real tokens, 0 at padding.
-
-    Returns:
-        Hidden states, (B, T, D); carry gradient to the model where gradients are on.
-    """
-    inner = base_of(model)
-    if hasattr(inner, HOOKED):
-        return getattr(inner, HOOKED)(input_ids_BT, attention_mask_BT)
-    return _last_hidden_states(inner, input_ids_BT, attention_mask_BT)
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model itself, without PEFT's around it.
-
-    Args:
-        model: A transformers model, or a PEFT model around one.
-
-    Returns:
-        The transformers model; the adapter's layers are in it.
-    """
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def offer_hooked_hidden_states(inner: Any) -> None:
-    """Give a model a method for its hidden states, which whoever shards it can put hooks around.
-
-    Args:
-        inner: A transformers model; `hidden_states` goes through the method `HOOKED` from now on.
-    """
-    setattr(inner, HOOKED, types.MethodType(_last_hidden_states, inner))
-
-
-def _last_hidden_states(inner: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    return inner.base_model(
-        input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False
-    ).last_hidden_state
-
-
-def token_hidden_states(model: Any, batch: Batch) -> Tensor:
-    """The hidden states that predict the completion tokens of a batch.
-
-    Args:
-        model: A transformers model, or a PEFT model around one.
-        batch: A padded micro-batch.
-
-    Returns:
-        Hidden states, (N, D); carry gradient to the model where gradients are on.
-    """
-    hidden_BTD = hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT)
-    return hidden_BTD[batch.row_N, batch.position_N]
 
 
 def require_same_tokenizer(student: LanguageModel, teacher: LanguageModel) -> None:

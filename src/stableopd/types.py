@@ -37,6 +37,7 @@ __all__ = [
     "DataError",
     "Message",
     "ModelError",
+    "Prefix",
     "Prompt",
     "Record",
     "Rollout",
@@ -213,8 +214,28 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """The sequences of a batch, parted into prompts, each of them once, and completions.
+
+    Attributes:
+        prompt_ids_PT: Token ids of the P prompts, padded on the right.
+        prompt_mask_PT: 1 at real tokens, 0 at padding.
+        prompt_B: Which prompt stands before each row of the batch.
+        input_ids_BC: Completions without their last token, which predicts nothing; padded on the
+            right.
+        mask_BC: 1 at real tokens, 0 at padding.
+    """
+
+    prompt_ids_PT: torch.Tensor
+    prompt_mask_PT: torch.Tensor
+    prompt_B: torch.Tensor
+    input_ids_BC: torch.Tensor
+    mask_BC: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
-    """A micro-batch of whole sequences, all rollouts or all golden, padded on the right.
+    """A micro-batch of whole sequences, padded on the right.
 
     Attributes:
         sequences: The sequences, in the order of the rows.
@@ -224,6 +245,7 @@ class Batch:
         index_N: Place of that token in its completion, from 0.
         position_N: Position whose hidden state predicts that token (the one before it).
         target_N: Id of that token.
+        prefix: The same with every prompt once; None where that spares little.
     """
 
     sequences: tuple[Sequence, ...]
@@ -233,6 +255,7 @@ class Batch:
     index_N: torch.Tensor
     position_N: torch.Tensor
     target_N: torch.Tensor
+    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,8 @@ def estimate(
     size = student.model.dtype.itemsize
     rows = r.prompts_per_step * r.rollouts_per_prompt
     longest = prompt_tokens + r.max_new_tokens
-    tokens = min(max(config.optimizer.micro_batch_tokens, longest), rows * longest)
+    trained_rows = rows + (r.prompts_per_step if o.lambda_gold else 0)
+    tokens = min(max(config.optimizer.micro_batch_tokens, longest), trained_rows * longest)
     checkpoints = config.student.gradient_checkpointing
     kept = kept_per_token(layers, width, forward * experts, keys, checkpoints)
     activation = MIXED if is_mixed else size

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from stableopd.data.prompts import prompts_of_step
 from stableopd.doctor.patient import Patient
-from stableopd.models import head_of, token_hidden_states
+from stableopd.hidden import token_hidden_states
+from stableopd.models import head_of
 from stableopd.objective.divergence import reverse_kl, top_k_overlap
 from stableopd.objective.logprobs import score_tokens
 from stableopd.teacher.local import FrozenModel

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopd.models import head_of, token_hidden_states
+from stableopd.hidden import token_hidden_states
+from stableopd.models import head_of
 from stableopd.objective.heads import Against, Head
 from stableopd.types import Batch
 

@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from stableopd.models import token_hidden_states
+from stableopd.hidden import token_hidden_states
 from stableopd.rollout.stops import Finding, StopLogps, audit
 from stableopd.training.batch import collate, micro_batches, rollout_sequences
 from stableopd.training.ranks import shared

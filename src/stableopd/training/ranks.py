@@ -133,7 +133,7 @@ class Ranks:
         """The sequences of a step that this process scores, dealt out by length.
 
         Args:
-            sequences: All sequences of one kind.
+            sequences: All sequences.
 
         Returns:
             Every `num`-th, longest first, so that all have about the same work.

@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stableopd.models import LanguageModel, base_of, head_of, token_hidden_states
+from stableopd.hidden import base_of, token_hidden_states
+from stableopd.models import LanguageModel, head_of
 from stableopd.objective.logprobs import score_tokens
 from stableopd.rollout.vllm import START, VllmSampler
 from stableopd.runfolder.files import filling, writing

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from stableopd.models import HOOKED, base_of, hidden_states, offer_hooked_hidden_states
+from stableopd.hidden import HOOKED, base_of, hidden_states, offer_hooked_hidden_states
 
 __all__ = ["gathered", "like", "shard", "whole", "whole_weights"]
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 
 from stableopd.config import ObjectiveConfig
-from stableopd.training.batch import collate, micro_batches, rollout_sequences
+from stableopd.training.batch import micro_batches, rollout_sequences
 from stableopd.training.ranks import ALONE, Ranks, shared
 from stableopd.training.sharding import whole
-from stableopd.training.terms import Players, Tally, Work, golden_term, merged, rollout_terms
+from stableopd.training.terms import Players, Tally, Work, merged, terms_of
 from stableopd.types import Sequence, TrainingError
 
 __all__ = ["StepResult", "step"]
@@ -82,10 +81,8 @@ def step(
     first, tally, grad_norm, score_s = Tally(), Tally(), math.nan, 0.0
     for _ in range(objective.updates_per_batch):
         tally = Tally()
-        rollouts = _passes(rollout_sequences(work.rollouts), micro_batch_tokens, ranks)
-        golden = _passes(work.golden if objective.lambda_gold else [], micro_batch_tokens, ranks)
-        _backward_rollouts(players, work, tally, old_logps, rollouts)
-        _backward_golden(players, work, tally, golden)
+        for one in _passes(work, micro_batch_tokens, ranks):
+            _backward(players, work, tally, old_logps, one)
         tally = merged(ranks.gather(tally))
         ranks.sum_gradients(parameters)
         grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, grad_clip)))
@@ -143,39 +140,32 @@ class _Pass:
     counts: bool = True
 
 
-def _passes(sequences: Many[Sequence], budget: int, ranks: Ranks) -> list[_Pass]:
-    """This process's share of some sequences in micro-batches, as many as every process makes."""
-    passes = [_Pass(group) for group in micro_batches(ranks.share(sequences), budget)]
-    num_idle = ranks.num_idle(len(passes))
-    if num_idle:
-        passes += [_Pass([min(sequences, key=len)], counts=False)] * num_idle
+def _passes(work: Work, budget: int, ranks: Ranks) -> list[_Pass]:
+    """This process's share of a step in micro-batches; with shards, as many as every process makes.
+
+    A golden solution stands with the rollouts of its prompt, so that the prompt is read once. Where
+    weights are sharded it does not: each pass calls the same models in every process.
+    """
+    rollouts = rollout_sequences(work.rollouts)
+    golden = list(work.golden) if work.objective.lambda_gold else []
+    passes: list[_Pass] = []
+    for sequences in (rollouts, golden) if ranks.shards else (rollouts + golden,):
+        groups = micro_batches(ranks.share(sequences), budget)
+        passes += [_Pass(group) for group in groups]
+        num_idle = ranks.num_idle(len(groups))
+        if num_idle:
+            passes += [_Pass([min(sequences, key=len)], counts=False)] * num_idle
     return passes
 
 
-def _backward_golden(players: Players, work: Work, tally: Tally, passes: list[_Pass]) -> None:
-    for one in passes:
-        batch = collate(one.sequences, players.pad_id, players.stop_ids.device)
-        mean = golden_term(players, work, batch)
-        if one.counts:
-            tally.add_loss("golden", mean)
-        weight = (work.objective.lambda_gold or 0.0) if one.counts else 0.0
-        (weight * mean).backward()
-
-
-def _backward_rollouts(
-    players: Players,
-    work: Work,
-    tally: Tally,
-    old_logps: list[list[float]] | None,
-    passes: list[_Pass],
+def _backward(
+    players: Players, work: Work, tally: Tally, old_logps: list[list[float]] | None, one: _Pass
 ) -> None:
     weights = _weights(work.objective)
-    for one in passes:
-        record = tally if one.counts else Tally()
-        batch = collate(one.sequences, players.pad_id, players.stop_ids.device)
-        terms = rollout_terms(players, work, record, batch, old_logps)
-        total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-        for name, value in terms.items():
-            record.add_loss(name, value)
-        if total.requires_grad:
-            (total if one.counts else 0.0 * total).backward()
+    record = tally if one.counts else Tally()
+    terms = terms_of(players, work, record, one.sequences, old_logps)
+    total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+    for name, value in terms.items():
+        record.add_loss(name, value)
+    if total.requires_grad:
+        (total if one.counts else 0.0 * total).backward()

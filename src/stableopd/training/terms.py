@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from stableopd.config import ObjectiveConfig
-from stableopd.models import head_of, token_hidden_states
+from stableopd.hidden import token_hidden_states
+from stableopd.models import head_of
 from stableopd.objective import advantage, divergence, loss
 from stableopd.objective.heads import Against, Head
 from stableopd.objective.logprobs import score_tokens
 from stableopd.teacher.local import FrozenModel
+from stableopd.training.batch import collate
 from stableopd.training.opinions import Opinion, opinion, teacher_against
 from stableopd.types import Batch, Rollout, Scores, Sequence, StopReason, TrainingError
 
 if TYPE_CHECKING:
     from stableopd.teacher.server import Judged
 
-__all__ = ["Players", "Tally", "Work", "golden_term", "merged", "rollout_terms", "score"]
+__all__ = ["Players", "Tally", "Work", "merged", "score", "terms_of"]
 
 
 @dataclass(frozen=True)
@@ -191,39 +193,73 @@ def score(players: Players, hidden_ND: Tensor, batch: Batch, against: Many[Again
     )
 
 
-def rollout_terms(
+def terms_of(
     players: Players,
     work: Work,
     tally: Tally,
-    batch: Batch,
+    sequences: Many[Sequence],
     old_logps: list[list[float]] | None,
 ) -> dict[str, Tensor]:
-    """The unweighted terms of a micro-batch of rollouts.
+    """The unweighted terms of a micro-batch; the student reads all of it in one pass.
 
     Args:
         players: The models.
         work: The step's batch.
         tally: Takes a record of what was scored.
-        batch: A micro-batch of the step.
+        sequences: A micro-batch of the step: rollouts, golden solutions, or both.
         old_logps: Log-probs of every rollout under the student that drew it; None in the first
             update of a batch, where that is the student itself.
 
     Returns:
         Shares of the means over the step, scalars by name; carry gradient to the student.
     """
-    objective, count = work.objective, len(work.rollouts)
-    constraint = players.reference if objective.beta_reference else None
-    start = time.perf_counter()
-    against = teacher_against(players, work, batch)
-    if constraint is not None:
-        compares = (divergence.reverse_kl,) if objective.reference_kl == "exact" else ()
-        against.append(constraint.against(batch, *compares))
-    tally.score_s += time.perf_counter() - start
+    rollouts = [s for s in sequences if not s.is_golden]
+    golden = [s for s in sequences if s.is_golden]
+    device = players.stop_ids.device
+    batch, against = None, []
+    if rollouts:
+        batch = collate(rollouts, players.pad_id, device)
+        start = time.perf_counter()
+        against = _others(players, work, batch)
+        tally.score_s += time.perf_counter() - start
+    whole = collate([*rollouts, *golden], players.pad_id, device)
+    num_tokens = sum(len(s.completion_ids) for s in rollouts)
+    terms: dict[str, Tensor] = {}
     with players.autocast():
-        scores = score(players, token_hidden_states(players.student, batch), batch, against)
+        hidden_ND = token_hidden_states(players.student, whole)
+    if batch is not None:
+        with players.autocast():
+            scores = score(players, hidden_ND[:num_tokens], batch, against)
+        terms |= _rollout_terms(players, work, tally, batch, scores, old_logps)
+    if golden:
+        batch = collate(golden, players.pad_id, device)
+        with players.autocast():
+            scores = score(players, hidden_ND[num_tokens:], batch)
+        terms["golden"] = _golden_term(work, batch, scores)
+    return terms
+
+
+def _others(players: Players, work: Work, batch: Batch) -> list[Against]:
+    """What is scored beside the student: teacher first, then the reference if it is needed."""
+    objective, against = work.objective, teacher_against(players, work, batch)
+    if players.reference is not None and objective.beta_reference:
+        compares = (divergence.reverse_kl,) if objective.reference_kl == "exact" else ()
+        against.append(players.reference.against(batch, *compares))
+    return against
+
+
+def _rollout_terms(
+    players: Players,
+    work: Work,
+    tally: Tally,
+    batch: Batch,
+    scores: Scores,
+    old_logps: list[list[float]] | None,
+) -> dict[str, Tensor]:
+    objective, count = work.objective, len(work.rollouts)
     others = iter(scores.others)
     teacher = opinion(players, work, batch, others, scores.logp_N)
-    reference = next(others) if constraint is not None else None
+    reference = next(others, None)
     old_N = scores.logp_N.detach()
     if old_logps is not None:
         old_N = old_N.new_tensor([x for s in batch.sequences for x in old_logps[s.index]])
@@ -250,19 +286,8 @@ def rollout_terms(
     return terms
 
 
-def golden_term(players: Players, work: Work, batch: Batch) -> Tensor:
-    """The unweighted golden cross entropy of a micro-batch of golden solutions.
-
-    Args:
-        players: The models.
-        work: The step's batch.
-        batch: A micro-batch of it.
-
-    Returns:
-        Its share of the mean over the step, a scalar in nats; carries gradient to the student.
-    """
-    with players.autocast():
-        scores = score(players, token_hidden_states(players.student, batch), batch)
+def _golden_term(work: Work, batch: Batch, scores: Scores) -> Tensor:
+    """The golden cross entropy, in nats."""
     mask_N = torch.ones_like(batch.index_N, dtype=torch.bool)
     if not work.objective.golden_stop_label:
         lengths_B = batch.index_N.new_tensor([len(s.completion_ids) for s in batch.sequences])

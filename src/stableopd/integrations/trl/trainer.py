@@ -24,6 +24,7 @@ from trl import DistillationTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from stableopd.config import RepetitionConfig
 from stableopd.diagnostics.evidence import Facts
+from stableopd.hidden import hidden_states, token_hidden_states
 from stableopd.integrations.trl.alarm import CollapseAlarm
 from stableopd.integrations.trl.batches import evaluating, records_of, right_padded
 from stableopd.integrations.trl.config import StableOPDConfig
@@ -31,11 +32,9 @@ from stableopd.integrations.trl.golden import Solutions
 from stableopd.models import (
     LanguageModel,
     head_of,
-    hidden_states,
     require_head,
     require_same_tokenizer,
     shared_vocabulary,
-    token_hidden_states,
 )
 from stableopd.objective.divergence import forward_kl, jensen_shannon, reverse_kl
 from stableopd.objective.heads import Against
