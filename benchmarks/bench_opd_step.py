@@ -16,7 +16,7 @@ def main() -> None:
     options = common.options(__doc__, minutes=2)
     steps.heading("IWOPDTrainer")
     world, counts = options.choose(("small", (1, 5)), ("tiny", (1, 1)))
-    steps.compare(options, "opd", "IWOPDTrainer", world, counts, {"cpu_s": 0.45})
+    steps.compare(options, {"opd": {"cpu_s": 0.45}}, "IWOPDTrainer", world, counts)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def main() -> None:
     options = common.options(__doc__, minutes=9)
     steps.heading("DistillationTrainer")
     world = options.choose("smollm2", "tiny")
-    steps.compare(options, "stable_opd", "DistillationTrainer", world, (1, 1), {"wall_s": 0.7})
+    steps.compare(options, {"stable_opd": {"wall_s": 0.7}}, "DistillationTrainer", world, (1, 1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run every benchmark and write docs/benchmarks.md from what they print.
 
-    python benchmarks/report.py [--runs N] [--quick] [--only opd_step gkd_step] [--stitch]
+    python benchmarks/report.py [--runs N] [--quick] [--only opd_step loss] [--stitch]
 
 What each script prints is kept under work/bench/outputs; `--only` runs some of them and `--stitch`
 none, and the page is written from all that is kept. The text around the numbers is template.md.
@@ -26,8 +26,7 @@ NAMES = (
     "startup",
     "opd_step",
     "loss",
-    "gkd_step",
-    "stable_opd_step",
+    "distillation_step",
     "rollouts",
     "update_rate",
     "smollm2_step",

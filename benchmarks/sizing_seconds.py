@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sizing_memory import Plan
 from sizing_models import Shape
 from stableopd.doctor.memory import FLOAT32, MIXED
-from stableopd.objective.likeliest import BLOCK
+from stableopd.objective.likeliest import BLOCK_ELSEWHERE
 from stableopd.objective.logprobs import SWEEP_VOCABULARY
 from stableopd.objective.sweep import MAX_ROWS
 from stableopd.training.opinions import OVERLAP_K
@@ -169,7 +169,7 @@ def teacher_part(plan: Plan) -> Part:
         return _computed(_pass(plan, t, plan.scored, 1, SERVED, plan.teacher_gpus), 0.0)
     found = _pass(plan, t, plan.scored, 1, TEACHER, plan.trainers)
     if plan.device.mixed and t.vocabulary >= SWEEP_VOCABULARY:
-        rows = plan.scored / plan.trainers * OVERLAP_K * BLOCK
+        rows = plan.scored / plan.trainers * OVERLAP_K * BLOCK_ELSEWHERE
         moved = rows * (TEACHER_GATHERED * t.width + STUDENT_GATHERED * plan.student.width)
         found = {name: value + moved / plan.device.bytes for name, value in found.items()}
     return _computed(found, _exchange(plan, plan.scored, number * t.weights))

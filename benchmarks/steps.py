@@ -38,47 +38,41 @@ def check(method: str, peer: str, world: str) -> None:
 
 def compare(
     options: Options,
-    method: str,
+    methods: dict[str, dict[str, float]],
     peer: str,
     world: str,
     steps: tuple[int, int],
-    targets: dict[str, float],
 ) -> None:
     """Print the rows of one step.
 
     Args:
         options: What the command line asked for.
-        method: Ours.
+        methods: Ours, each with the targets of its ratio by quantity; all beside one peer.
         peer: The trainer of TRL.
         world: The models and the size of the step.
         steps: Warm-up steps and timed steps.
-        targets: Of the ratio, by quantity.
     """
     if not pairs.make(world):
         print(f"| {world} | not measured: install requirements/smollm2.txt | | | | | |")
         return
-    check(method, peer, world)
+    for method in methods:
+        check(method, peer, world)
     spec: dict[str, Any] = {"world": world, "warm": steps[0], "steps": steps[1]}
-    sides = {"ours": spec | {"side": method}, "peer": spec | {"side": peer}}
+    sides = {name: spec | {"side": name} for name in (*methods, peer)}
     found = alternate(SIDES, sides, options.runs)
     size = pairs.WORLDS[world]
-    what = f"`{method}`, {size.rollouts} x {size.new_tokens} tokens"
-    what += f", V = {size.vocabulary:,}" if size.vocabulary else ", SmolLM2-135M"
-    for key, quantity, digits in (
-        ("cpu_s", "CPU s a step", 3),
-        ("wall_s", "wall s a step", 3),
-        ("memory_mb", "memory above the start, MB", 0),
-        ("process_mb", "the whole process, MB", 0),
-    ):
-        row = Row(
-            what,
-            quantity,
-            of(found["ours"], key),
-            of(found["peer"], key),
-            digits,
-            targets.get(key),
-        )
-        print(row.markdown(), flush=True)
+    what = f"{size.rollouts} x {size.new_tokens} tokens, "
+    what += f"V = {size.vocabulary:,}" if size.vocabulary else "SmolLM2-135M"
+    for method, targets in methods.items():
+        for key, quantity, digits in (
+            ("cpu_s", "CPU s a step", 3),
+            ("wall_s", "wall s a step", 3),
+            ("memory_mb", "memory above the start, MB", 0),
+            ("process_mb", "the whole process, MB", 0),
+        ):
+            values = of(found[method], key), of(found[peer], key)
+            row = Row(f"`{method}`, {what}", quantity, *values, digits, targets.get(key))
+            print(row.markdown(), flush=True)
 
 
 def heading(peer: str) -> None:

@@ -18,13 +18,12 @@ import report  # noqa: E402
 
 # Rows of a quick run's tables, heads left out.
 ROWS = {
-    "gkd_step": 4,
+    "distillation_step": 8,
     "loss": 6,  # two tables
     "opd_step": 4,
     "repetition_rate": 3,
     "rollouts": 4,
     "smollm2_step": 4,
-    "stable_opd_step": 4,
     "startup": 3,
     "token_labels": 4,
     "update_rate": 2,
@@ -99,7 +98,7 @@ def test_the_page_is_stitched_from_what_is_kept(tmp_path) -> None:
     page = report.stitch("a\n<!-- output: opd_step -->\nb\n<!-- output: loss -->\n", tmp_path)
     assert page == f"a\nmachine\n\n{common.Row.HEADER}\n{row}\nb\n{report.NOT_RUN}\n"
     untold = common.Row("step", "wall s", [1.0], [4.0], 1, None).markdown()
-    (tmp_path / "gkd_step.md").write_text(f"{common.Row.HEADER}\n{untold}\n")
+    (tmp_path / "loss.md").write_text(f"{common.Row.HEADER}\n{untold}\n")
     assert report.verdicts(tmp_path).splitlines()[2:] == [row]
 
 

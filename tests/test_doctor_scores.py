@@ -263,7 +263,8 @@ class TestMemory:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             hidden = model.base_model(input_ids=ids_BT).last_hidden_state
         config = parsed(
-            rollout={"prompts_per_step": 1, "rollouts_per_prompt": 4, "max_new_tokens": 30}
+            rollout={"prompts_per_step": 1, "rollouts_per_prompt": 4, "max_new_tokens": 30},
+            objective={"lambda_gold": 0},
         )
         student = LanguageModel("s", model, make_tokenizer(), 128)
         e = memory.estimate(config, student, None, 10, False, True)

@@ -73,7 +73,7 @@ def assert_same(run, other):
     for line, wanted in zip(lines, expected, strict=True):
         assert line == pytest.approx(wanted, rel=1e-4, abs=1e-5, nan_ok=True)
         for name in ("loss/total", "grad_norm") if wanted["step"] else ():
-            assert line[name] == pytest.approx(wanted[name], rel=1e-5)
+            assert line[name] == pytest.approx(wanted[name], rel=5e-5)
     folders = RunFolder.open(run), RunFolder.open(other)
     assert folders[0].rollout_steps() == folders[1].rollout_steps()
     for step in folders[0].rollout_steps():

@@ -290,7 +290,11 @@ class TestRuns:
         assert code == 0, err
         assert tiny.run_cli("train", file, "--set", f"run.output={world / 'calm3'}",
                             "--set", "eval.every=3")[0] == 0  # fmt: skip
-        assert tiny.metrics_of(world / "away") == tiny.metrics_of(world / "calm3")
+        lines, wanted = tiny.metrics_of(world / "away"), tiny.metrics_of(world / "calm3")
+        # What a server says of the probes differs in the last digits.
+        gaps = [[line.pop("mismatch/served", 0) for line in both] for both in (lines, wanted)]
+        assert max(map(max, gaps)) < 1e-6
+        assert lines == wanted
 
     @pytest.mark.parametrize("stays", ["all", "head"])
     def test_weights_that_stay_are_seen_before_the_first_step(self, world, fake, stays):
@@ -373,7 +377,8 @@ class TestRuns:
         ):
             assert line.keys() == wanted.keys()
             for key, value in wanted.items():
-                assert line[key] == (value and pytest.approx(value, rel=1e-4, abs=1e-5)), key
+                near = None if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
+                assert line[key] == near, key
         for step in (1, 2, 3):
             rows, others = (
                 RunFolder.open(world / folder).rollouts(step) for folder in (name, f"{name}-one")

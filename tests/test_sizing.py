@@ -159,9 +159,9 @@ def test_a_swept_head_by_hand():
         swept = 52 * (passes * pass_s + 4 * each + moved / 50)
         adamw = 28 * LARGE.weights / 50
         assert seconds.update_part(plan).seconds == pytest.approx(swept + adamw)
-    # The teacher: bfloat16, once; 16 blocks of 64 rows are gathered of both heads.
+    # The teacher: bfloat16, once; 16 blocks of 16 rows are gathered of both heads.
     t = SWEPT.teacher
-    moved = t.head / 1_024 * 2 + 5_000 * 44 + 1_024 * (24 * 6 + 8 * 16)
+    moved = t.head / 1_024 * 2 + 5_000 * 44 + 256 * (24 * 6 + 8 * 16)
     done = t.layer_flops(8) + 2 * t.head
     assert seconds.teacher_part(SWEPT).seconds == pytest.approx(32 * (done / 500 + moved / 50))
 

@@ -16,7 +16,7 @@ from stableopd.objective.divergence import (
     top_k_agreement,
 )
 from stableopd.objective.heads import Against, Head
-from stableopd.objective.likeliest import BLOCK, block_maxima, likeliest
+from stableopd.objective.likeliest import BLOCK, BLOCK_ELSEWHERE, block_maxima, likeliest
 from stableopd.objective.logprobs import score_tokens
 from stableopd.objective.swept import can_sweep, score_by_sweep
 from stableopd.objective.tiles import TiledHead
@@ -242,15 +242,16 @@ def test_without_gradient_none_is_made():
     assert hidden.grad is not None
 
 
+@pytest.mark.parametrize("block", [BLOCK, BLOCK_ELSEWHERE, 7])
 @pytest.mark.parametrize("by_block", [False, True])
 @pytest.mark.parametrize("num", [1, 17, 64, V])
-def test_the_likeliest_tokens_are_those_of_a_sort(monkeypatch, by_block, num):
+def test_the_likeliest_tokens_are_those_of_a_sort(monkeypatch, by_block, num, block):
     hidden, weight, bias = (x.detach() for x in leaves())
-    if not by_block:
+    if not by_block:  # as where there is no CPU
         plain = likeliest_module._gathered
 
-        def gathered(block_RK, head, rows):
-            ids_RKC = block_RK[:, :, None] * BLOCK + torch.arange(BLOCK)
+        def gathered(block_RK, block, head, rows):
+            ids_RKC = block_RK[:, :, None] * block + torch.arange(block)
             return plain(ids_RKC.flatten(1), head, rows)
 
         monkeypatch.setattr(likeliest_module, "_block_by_block", gathered)
@@ -258,10 +259,14 @@ def test_the_likeliest_tokens_are_those_of_a_sort(monkeypatch, by_block, num):
     head = TiledHead(Against(hidden, Head(weight, bias, 1.0, 3.0), (), 0.7))
     rows = slice(4, N)
     logits = head.tile(rows, slice(0, V)).clone()
-    found, ids_RK = likeliest(block_maxima(logits), num, head, rows)
+    found, ids_RK = likeliest(block_maxima(logits, block), block, num, head, rows)
     wanted, wanted_ids = logits.topk(num, dim=1)
     torch.testing.assert_close(found, wanted)
     assert torch.equal(ids_RK, wanted_ids)
+
+
+def test_tiles_are_whole_blocks_wherever_they_are():
+    assert BLOCK % BLOCK_ELSEWHERE == 0
 
 
 def test_what_a_sweep_can_compare():

@@ -6,6 +6,7 @@ import dataclasses
 import peft
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from trl import DistillationConfig
 from trl.trainer.utils import split_tensor_dict
 
@@ -20,7 +21,7 @@ from stableopd.types import (
     TrainingError,
 )
 from step_parts import flat, objective
-from tiny import END, EOS, PAD, VOCABULARY, V, make_llama
+from tiny import END, EOS, PAD, VOCABULARY, V, in_double, make_llama
 from trl_parts import PLAIN, logged, make, make_plain, rows, student, teacher
 
 # TRL 1.16 and peft 0.21 ask transformers 5.23 for a setting by its former name.
@@ -32,6 +33,9 @@ DIVERGENCES = {0.0: "forward_kl", 0.5: "jensen_shannon", 1.0: "reverse_kl"}
 @pytest.fixture(autouse=True)
 def _no_telemetry(monkeypatch):
     monkeypatch.setenv("CI", "1")
+    yield
+    # What a trainer chose would hold for the next test's run in this process.
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
@@ -137,8 +141,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_with_terms_on_it_is_our_own_step(tmp_path, case):
-    teacher_model = teacher(END if case.get("teacher_ends") else None).double()
-    models = {"model": student(0.5).double(), "teacher_model": teacher_model}
+    teacher_model = in_double(teacher(END if case.get("teacher_ends") else None))
+    models = {"model": in_double(student(0.5)), "teacher_model": teacher_model}
     trainer = make(tmp_path, **models, max_completion_length=24, **case)
     reference = copy.deepcopy(trainer.model)
     with torch.no_grad():  # a student that has moved away from the reference

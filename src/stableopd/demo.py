@@ -23,10 +23,7 @@ from rich.text import Text
 
 from stableopd import config as configuration
 from stableopd import embedded
-from stableopd.diagnose.command import read_runs
-from stableopd.report import figures
 from stableopd.report.finals import FINAL_STEPS
-from stableopd.report.page import write_page
 from stableopd.runfolder import RunFolder
 from stableopd.terminal import LiveView, alarm_message, table
 from stableopd.types import RunFolderError, TrainingError
@@ -91,6 +88,10 @@ def run_demo(output: Path, overrides: Sequence[str]) -> None:
     folders = [(arm.name, RunFolder.open(arm.path)) for arm in arms]
     console = Console()
     console.print(_results(folders, settings.repetition))
+    # Matplotlib is loaded once the arms have ended, not before they start.
+    from stableopd.diagnose.command import read_runs
+    from stableopd.report.page import write_page
+
     _write_figures(folders, output, settings.repetition)
     found = [
         dataclasses.replace(diagnosis, name=arm.name)
@@ -211,6 +212,8 @@ def _write_figures(
     output: Path,
     repetition: configuration.RepetitionConfig,
 ) -> None:
+    from stableopd.report import figures
+
     runs = {name: [folder.metrics()] for name, folder in folders}
     figures.save_png(figures.dynamics_figure(runs, repetition), output / "figure-1-dynamics.png")
     figures.save_png(figures.logprob_figure(runs), output / "figure-2-logprobs.png")

@@ -10,33 +10,51 @@ from torch import Tensor
 
 from stableopd.objective.tiles import TiledHead
 
-__all__ = ["BLOCK", "block_maxima", "likeliest"]
+__all__ = ["BLOCK", "BLOCK_ELSEWHERE", "block_maxima", "block_size", "likeliest"]
 
-# Columns of which the largest logit alone is kept (64 and 256 take longer, by a third on a CPU).
+# Columns of which the largest logit alone is kept. On a CPU 64 and 256 take longer, by a third.
+# Elsewhere the weights of the chosen blocks are copied for each position, and fewer are better.
 BLOCK = 128
-# Positions at a time for which weights are gathered, where that is how it is done.
-GATHERED_ROWS = 16
+BLOCK_ELSEWHERE = 16
+# Positions at a time for which weights are gathered.
+GATHERED_ROWS = 64
 
 
-def block_maxima(z_RC: Tensor) -> Tensor:
+def block_size(device: torch.device) -> int:
+    """Columns of a block.
+
+    Args:
+        device: Where the logits are.
+
+    Returns:
+        Its size; that of a CPU is a multiple of the others'.
+    """
+    return BLOCK if device.type == "cpu" else BLOCK_ELSEWHERE
+
+
+def block_maxima(z_RC: Tensor, block: int) -> Tensor:
     """The largest of each block of columns.
 
     Args:
         z_RC: Logits, (R, C).
+        block: Columns of a block.
 
     Returns:
-        (R, C / BLOCK), rounded up; the last block may be short.
+        (R, C / block), rounded up; the last block may be short.
     """
-    ragged = -z_RC.shape[1] % BLOCK
+    ragged = -z_RC.shape[1] % block
     whole_RC = torch.nn.functional.pad(z_RC, (0, ragged), value=-math.inf) if ragged else z_RC
-    return whole_RC.view(len(z_RC), -1, BLOCK).amax(-1)
+    return whole_RC.view(len(z_RC), -1, block).amax(-1)
 
 
-def likeliest(best_RB: Tensor, num: int, head: TiledHead, rows: slice) -> tuple[Tensor, Tensor]:
+def likeliest(
+    best_RB: Tensor, block: int, num: int, head: TiledHead, rows: slice
+) -> tuple[Tensor, Tensor]:
     """The largest logits of some positions, exactly: they lie in the blocks with the best maxima.
 
     Args:
         best_RB: The largest logit of each block of columns, (R, B).
+        block: Columns of a block.
         num: How many; cut to the vocabulary.
         head: Computes the logits of those blocks again.
         rows: The positions among those of the head.
@@ -46,15 +64,17 @@ def likeliest(best_RB: Tensor, num: int, head: TiledHead, rows: slice) -> tuple[
     """
     num = min(num, head.num_tokens)
     block_RK = best_RB.topk(min(num, best_RB.shape[1]), dim=1, sorted=False).indices
-    ids_RKC = block_RK[:, :, None] * BLOCK + torch.arange(BLOCK, device=best_RB.device)
+    ids_RKC = block_RK[:, :, None] * block + torch.arange(block, device=best_RB.device)
     ids_RK = ids_RKC.flatten(1)
-    by_block = best_RB.device.type == "cpu"
-    z_RK = _block_by_block(block_RK, head, rows) if by_block else _gathered(ids_RK, head, rows)
+    if best_RB.device.type == "cpu":
+        z_RK = _block_by_block(block_RK, block, head, rows)
+    else:
+        z_RK = _gathered(ids_RK, head, rows)
     top_RK, place_RK = z_RK.masked_fill(ids_RK >= head.num_tokens, -math.inf).topk(num, dim=1)
     return top_RK, ids_RK.gather(1, place_RK)
 
 
-def _block_by_block(block_RK: Tensor, head: TiledHead, rows: slice) -> Tensor:
+def _block_by_block(block_RK: Tensor, block: int, head: TiledHead, rows: slice) -> Tensor:
     """Logits of some blocks of each position: one product for each block, of all who chose it.
 
     Each row of the weight is read once, where gathering would copy it for every position.
@@ -62,11 +82,11 @@ def _block_by_block(block_RK: Tensor, head: TiledHead, rows: slice) -> Tensor:
     chosen = block_RK.flatten()
     order, counts = chosen.argsort(), cast(list[int], cast(Any, chosen.bincount()).tolist())
     members = (order // block_RK.shape[1] + rows.start).split(counts)
-    z_PC = head.hidden_ND.new_full((chosen.numel(), BLOCK), -math.inf, dtype=head.tile_type)
+    z_PC = head.hidden_ND.new_full((chosen.numel(), block), -math.inf, dtype=head.tile_type)
     start = 0
-    for block, member_P in enumerate(members):
+    for place, member_P in enumerate(members):
         if member_P.numel():
-            columns = slice(block * BLOCK, min((block + 1) * BLOCK, head.num_tokens))
+            columns = slice(place * block, min((place + 1) * block, head.num_tokens))
             width, end = columns.stop - columns.start, start + member_P.numel()
             z_PC[start:end, :width] = head.tile(member_P, columns)
             start = end

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stableopd.objective.heads import Against, Head
-from stableopd.objective.likeliest import BLOCK, block_maxima, likeliest
+from stableopd.objective.likeliest import BLOCK, block_maxima, block_size, likeliest
 from stableopd.objective.tiles import TiledHead
 
 __all__ = ["Request", "Sums", "sweep"]
@@ -179,7 +179,7 @@ class _Running:
         for e, column in job.stops(columns):
             self.stop_RE[:, e] = z_RC[:, column]
         if self.num_top:
-            self.blocks.append(block_maxima(z_RC))
+            self.blocks.append(block_maxima(z_RC, block_size(z_RC.device)))
 
     def add_(self, z_RC: Tensor) -> tuple[Tensor, Tensor]:
         """Add a tile, which becomes d; gives e^d, and what the sums so far were multiplied by."""
@@ -199,7 +199,8 @@ class _Running:
         max_R1 = self.max_R[:, None]
         top_RK, ids_RK = None, None
         if self.num_top:
-            logit_RK, ids_RK = likeliest(torch.cat(self.blocks, 1), self.num_top, self.head, rows)
+            best_RB, block = torch.cat(self.blocks, 1), block_size(max_R1.device)
+            logit_RK, ids_RK = likeliest(best_RB, block, self.num_top, self.head, rows)
             top_RK = logit_RK - max_R1
         target_R, stop_RE = (self.target_R1 - max_R1).squeeze(1), self.stop_RE - max_R1
         mean_R = self.first_R / self.total_R
