@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from stableopd.rollout.drawing import BLOCK, draw, likeliest, wide_dtype
+from stableopd.rollout.drawing import BLOCK, draw, greedy, wide_dtype
 
 SIZES = (1, 12, BLOCK - 1, BLOCK, BLOCK + 1, 4 * BLOCK, 5 * BLOCK + 77)
 LAST = 1 - 2**-53  # the largest uniform number below 1
@@ -111,7 +111,7 @@ def test_logits_that_are_not_finite_give_nan(bad):
     logits_BV[0, 5] = bad or 0.0
     if bad is None:
         logits_BV[0] = -math.inf
-    for token_B, logp_B in (draw(logits_BV, uniform(2)), likeliest(logits_BV)):
+    for token_B, logp_B in (draw(logits_BV, uniform(2)), greedy(logits_BV)):
         assert ((token_B >= 0) & (token_B < BLOCK + 3)).all()
         assert logp_B.isnan().tolist() == [True, False]
 
@@ -126,7 +126,7 @@ def test_large_logits_do_not_overflow():
 def test_the_likeliest_token_and_its_log_prob():
     torch.manual_seed(0)
     logits_BV = torch.randn(9, 700)
-    token_B, logp_B = likeliest(logits_BV)
+    token_B, logp_B = greedy(logits_BV)
     assert torch.equal(token_B, logits_BV.argmax(-1))
     torch.testing.assert_close(logp_B, logits_BV.log_softmax(-1).amax(-1))
 

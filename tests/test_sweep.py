@@ -248,13 +248,7 @@ def test_without_gradient_none_is_made():
 def test_the_likeliest_tokens_are_those_of_a_sort(monkeypatch, by_block, num, block):
     hidden, weight, bias = (x.detach() for x in leaves())
     if not by_block:  # as where there is no CPU
-        plain = likeliest_module._gathered
-
-        def gathered(block_RK, block, head, rows):
-            ids_RKC = block_RK[:, :, None] * block + torch.arange(block)
-            return plain(ids_RKC.flatten(1), head, rows)
-
-        monkeypatch.setattr(likeliest_module, "_block_by_block", gathered)
+        monkeypatch.setattr(likeliest_module, "_block_by_block", likeliest_module._gathered)
         monkeypatch.setattr(likeliest_module, "GATHERED_ROWS", 5)
     head = TiledHead(Against(hidden, Head(weight, bias, 1.0, 3.0), (), 0.7))
     rows = slice(4, N)

@@ -28,7 +28,7 @@ the CPU build) is added on a CPU alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -260,8 +260,10 @@ def memory(patient: Patient, available: float) -> Check:
         patient.teacher if teaches else None,
         max(len(ids) for ids in patient.prompt_ids),
         is_mixed,
-        patient.device.type != "cuda",
+        patient.device.type == "cpu",
     )
+    if patient.device.type == "mps":  # shares the memory of the process
+        e = replace(e, process=PROCESS_BYTES)
     parts = {name: getattr(e, name) for name in Estimate.__slots__}
     numbers = {f"{name}_bytes": value for name, value in parts.items()}
     numbers |= {"peak_bytes": e.peak, "available_bytes": available}

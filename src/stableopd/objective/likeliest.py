@@ -64,25 +64,22 @@ def likeliest(
     """
     num = min(num, head.num_tokens)
     block_RK = best_RB.topk(min(num, best_RB.shape[1]), dim=1, sorted=False).indices
-    ids_RKC = block_RK[:, :, None] * block + torch.arange(block, device=best_RB.device)
-    ids_RK = ids_RKC.flatten(1)
-    if best_RB.device.type == "cpu":
-        z_RK = _block_by_block(block_RK, block, head, rows)
-    else:
-        z_RK = _gathered(ids_RK, head, rows)
-    top_RK, place_RK = z_RK.masked_fill(ids_RK >= head.num_tokens, -math.inf).topk(num, dim=1)
-    return top_RK, ids_RK.gather(1, place_RK)
+    logits_of = _block_by_block if best_RB.device.type == "cpu" else _gathered
+    top_RK, place_RK = logits_of(block_RK, block, head, rows).topk(num, dim=1)
+    return top_RK, block_RK.gather(1, place_RK // block) * block + place_RK % block
 
 
 def _block_by_block(block_RK: Tensor, block: int, head: TiledHead, rows: slice) -> Tensor:
     """Logits of some blocks of each position: one product for each block, of all who chose it.
 
-    Each row of the weight is read once, where gathering would copy it for every position.
+    Each row of the weight is read once, where gathering would copy it for every position. Behind
+    the vocabulary stands -inf.
     """
     chosen = block_RK.flatten()
     order, counts = chosen.argsort(), cast(list[int], cast(Any, chosen.bincount()).tolist())
     members = (order // block_RK.shape[1] + rows.start).split(counts)
-    z_PC = head.hidden_ND.new_full((chosen.numel(), block), -math.inf, dtype=head.tile_type)
+    # In buffers: new memory of this size breaks a CPU's heap into pieces.
+    z_PC = head.buffer("chosen", (chosen.numel(), block)).fill_(-math.inf)
     start = 0
     for place, member_P in enumerate(members):
         if member_P.numel():
@@ -90,16 +87,19 @@ def _block_by_block(block_RK: Tensor, block: int, head: TiledHead, rows: slice) 
             width, end = columns.stop - columns.start, start + member_P.numel()
             z_PC[start:end, :width] = head.tile(member_P, columns)
             start = end
-    back_PC = torch.empty_like(z_PC)
+    back_PC = head.buffer("in order", tuple(z_PC.shape))
     back_PC[order] = z_PC
     return back_PC.view(len(block_RK), -1)
 
 
-def _gathered(ids_RK: Tensor, head: TiledHead, rows: slice) -> Tensor:
-    """Logits of some columns of each position, by a copy of their weights: few calls."""
+def _gathered(block_RK: Tensor, block: int, head: TiledHead, rows: slice) -> Tensor:
+    """The same by a copy of the weights: few calls."""
     parts: list[Tensor] = []
-    for start in range(0, len(ids_RK), GATHERED_ROWS):
-        ids_rK = ids_RK[start : start + GATHERED_ROWS].clamp(max=head.num_tokens - 1)
+    columns_C = torch.arange(block, device=block_RK.device)
+    for start in range(0, len(block_RK), GATHERED_ROWS):
+        ids_rK = block_RK[start : start + GATHERED_ROWS, :, None] * block + columns_C
+        ids_rK = ids_rK.flatten(1)
         some = slice(rows.start + start, rows.start + start + len(ids_rK))
-        parts.append(head.at(some, ids_rK))
+        z_rK = head.at(some, ids_rK.clamp(max=head.num_tokens - 1))
+        parts.append(z_rK.masked_fill(ids_rK >= head.num_tokens, -math.inf))
     return torch.cat(parts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["draw", "likeliest", "wide_dtype"]
+__all__ = ["draw", "greedy", "wide_dtype"]
 
 # Tokens in a block. 128 to 1024 cost the same within the noise on a CPU.
 BLOCK = 256
@@ -56,7 +56,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float = 1.0) -> tupl
     return token_B1[:, 0], logp_B1[:, 0].to(logits_BV.dtype)
 
 
-def likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+def greedy(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest tokens and their log-probs at temperature 1.
 
     Args:

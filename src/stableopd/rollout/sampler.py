@@ -26,7 +26,7 @@ from transformers.generation.logits_process import (
 )
 
 from stableopd.rollout.decoding import Pick, complete
-from stableopd.rollout.drawing import draw, likeliest
+from stableopd.rollout.drawing import draw, greedy
 from stableopd.types import DataError, ModelError, Rollout, SamplingSettings, StopReason
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _pick(settings: SamplingSettings, num_tokens: int) -> Pick:
     def pick(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits_BV = logits_BV[:, :num_tokens].float()
         if not temperature:
-            return likeliest(logits_BV)
+            return greedy(logits_BV)
         if not warpers:
             return draw(logits_BV, uniform_B, temperature)
         # They do not read the ids so far.
