@@ -32,6 +32,7 @@ NAMES = (
     "smollm2_step",
 )
 MARK = re.compile(r"<!-- output: (\w+) -->")
+TOOK = re.compile(r"^Took ([\d.]+) minutes\.$", re.MULTILINE)
 NOT_RUN = "(not run)"
 
 
@@ -82,6 +83,13 @@ def verdicts(folder: Path) -> str:
     return "\n".join(lines) if len(lines) > 2 else NOT_RUN
 
 
+def minutes(folder: Path) -> str:
+    """What all scripts took together, as they say."""
+    files = [folder / f"{name}.md" for name in NAMES]
+    taken = [TOOK.findall(file.read_text()) for file in files if file.exists()]
+    return f"{sum(float(value) for values in taken for value in values):.0f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, help="runs of each side")
@@ -101,7 +109,8 @@ def main() -> None:
         # Numbers that mean nothing do not go into the docs.
         page = folder / "benchmarks.md"
     template = (HERE / "template.md").read_text()
-    page.write_text(stitch(template, folder).replace("<!-- verdicts -->", verdicts(folder)))
+    text = stitch(template, folder).replace("<!-- verdicts -->", verdicts(folder))
+    page.write_text(text.replace("<!-- minutes -->", minutes(folder)))
     print(f"{page} is written; {len(names)} benchmarks took {total / 60:.0f} minutes.")
 
 

@@ -97,6 +97,9 @@ def test_the_page_is_stitched_from_what_is_kept(tmp_path) -> None:
     (tmp_path / "opd_step.md").write_text(f"machine\n\n{common.Row.HEADER}\n{row}\n")
     page = report.stitch("a\n<!-- output: opd_step -->\nb\n<!-- output: loss -->\n", tmp_path)
     assert page == f"a\nmachine\n\n{common.Row.HEADER}\n{row}\nb\n{report.NOT_RUN}\n"
+    (tmp_path / "startup.md").write_text("row\n\nTook 1.6 minutes.\n")
+    (tmp_path / "rollouts.md").write_text("row\n\nTook 12.0 minutes.\n")
+    assert report.minutes(tmp_path) == "14"
     untold = common.Row("step", "wall s", [1.0], [4.0], 1, None).markdown()
     (tmp_path / "loss.md").write_text(f"{common.Row.HEADER}\n{untold}\n")
     assert report.verdicts(tmp_path).splitlines()[2:] == [row]
