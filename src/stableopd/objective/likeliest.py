@@ -12,7 +12,7 @@ from stableopd.objective.tiles import TiledHead
 
 __all__ = ["BLOCK", "BLOCK_ELSEWHERE", "block_maxima", "block_size", "likeliest"]
 
-# Columns of which the largest logit alone is kept. On a CPU 64 and 256 take longer, by a third.
+# Columns of which the largest logit alone is kept. On a CPU 64 and 256 take longer (docs/log.md).
 # Elsewhere the weights of the chosen blocks are copied for each position, and fewer are better.
 BLOCK = 128
 BLOCK_ELSEWHERE = 16
