@@ -12,7 +12,7 @@ from stableopd.types import Batch, Prefix, Rollout, Sequence
 __all__ = ["collate", "micro_batches", "rollout_sequences"]
 
 # Reading prompts once takes two passes instead of one, which pays where it spares this share of the
-# padded tokens. A guess, not tuned: 28% spared took a quarter off SmolLM2's passes (docs/log.md).
+# padded tokens. A guess, not tuned: a quarter spared took as much off SmolLM2 (docs/log.md).
 LEAST_SPARED = 1 / 8
 
 
