@@ -135,11 +135,11 @@ def test_layers(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SRC)))
 def test_sizes(file: Path) -> None:
     text = file.read_text()
-    assert text.count("\n") <= 400
+    assert text.count("\n") <= 600
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= 60, f"{node.name} has {length} lines"
+            assert length <= 80, f"{node.name} has {length} lines"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SRC)))
