@@ -350,6 +350,9 @@ def report(
     from stableopd.diagnose.command import page_path, read_runs
     from stableopd.report.page import write_page
 
-    page = page_path(output) if output else run / "report.html"
-    write_page(read_runs([run]), page, str(run))
+    if output is not None:
+        page_path(output, [run])
+    found = read_runs([run])  # first: a folder that is no run gets no page
+    page = page_path(output or run / "report.html", [run])
+    write_page(found, page, str(run))
     print(f"Report: {page}")

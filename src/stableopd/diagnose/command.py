@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from stableopd.diagnose.watch import Seen, watch
 from stableopd.diagnostics.alarm import Level
 from stableopd.diagnostics.verdict import Diagnosis
 from stableopd.runfolder import RunFolder
+from stableopd.runfolder.outputs import choose_output, is_our_page
 from stableopd.terminal import table
 from stableopd.types import ConfigError, DataError, ModelError
 
@@ -72,7 +72,7 @@ def diagnose_command(
         StableOPDError: Something cannot be read or written; the message says why.
     """
     if html is not None:
-        page_path(html)
+        page_path(html, paths)
     found = diagnose_paths(paths, reading)
     if html is not None:
         from stableopd.report.page import write_page
@@ -211,7 +211,7 @@ def compare_runs(paths: Sequence[Path], output: Path) -> None:
     """
     from stableopd.report.compare import final_table, group_arms, write_comparison
 
-    page_path(output)
+    page_path(output, paths)
     for place, path in enumerate(paths):
         if any(path.resolve() == other.resolve() for other in paths[:place]):
             raise ConfigError(f"{path}: is given twice; each run counts once.")
@@ -224,26 +224,20 @@ def compare_runs(paths: Sequence[Path], output: Path) -> None:
     print(f"Page: {output}")
 
 
-def page_path(path: Path) -> Path:
+def page_path(path: Path, inputs: Sequence[Path]) -> Path:
     """Check that a page can be written, before anything is read for it, and make its folder.
 
     Args:
         path: The HTML file.
+        inputs: What the command reads.
 
     Returns:
         The same path.
 
     Raises:
-        ConfigError: It is a folder, or its folder cannot be written.
+        ConfigError: It is something else than a page of ours, or its folder cannot be written.
     """
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; name the HTML file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from None
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path}: its folder cannot be written; choose another place.")
+    choose_output(path, inputs, is_our_page, "page")
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from stableopd.diagnostics.verdict import Diagnosis
@@ -18,6 +19,7 @@ from stableopd.report.panels import Curve, Mark, Panel, panel_figure, svg_data_u
 from stableopd.report.series import Arms, read_series
 from stableopd.report.themes import DARK, LIGHT, Theme
 from stableopd.runfolder import write_atomically
+from stableopd.runfolder.outputs import PAGE_MARK, check_output, is_our_page
 
 __all__ = [
     "Badge",
@@ -89,8 +91,10 @@ def write_html(template: str, path: str | Path, **values: Any) -> None:
         values: What the template asks for. Strings are shown as text, whatever they hold.
 
     Raises:
+        ConfigError: Something is there that is no page of ours.
         RunFolderError: The file cannot be written.
     """
+    target = check_output(Path(path), (), is_our_page, "page")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -99,8 +103,10 @@ def write_html(template: str, path: str | Path, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(light=LIGHT, dark=DARK, **values)
-    write_atomically(Path(path), page)
+    page = environment.get_template(template).render(
+        light=LIGHT, dark=DARK, mark=Markup(PAGE_MARK), **values
+    )
+    write_atomically(target, page)
 
 
 def badge_of(diagnosis: Diagnosis) -> Badge:
