@@ -56,7 +56,9 @@ def players(student, teacher=None, reference=None, temperature=1.0, event=True):
         student=student,
         num_tokens=V,
         teacher=None if teacher is None else FrozenModel(teacher, V),
-        reference=None if reference is None else FrozenModel(reference, V, temperature),
+        reference=None
+        if reference is None
+        else FrozenModel(reference, V, temperature, is_base=True),
         stop_ids=torch.tensor(STOPS if event else (EOS,)),
         stop_is_event=event,
         temperature=temperature,

@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import (
@@ -25,6 +26,7 @@ import tiny
 from stableopd import models
 from stableopd.hidden import hidden_states, token_hidden_states
 from stableopd.models import LanguageModel, head_of
+from stableopd.teacher.local import FrozenModel
 from stableopd.training.batch import collate
 from stableopd.types import ModelError, Sequence
 from tiny import CPU, V, make_llama, make_tokenizer, save_model
@@ -88,6 +90,26 @@ def test_a_model_without_a_head():
     model = T5EncoderModel(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8))
     with pytest.raises(ModelError, match="'here': T5EncoderModel has no linear output head"):
         head_of(model, "teacher", "here")
+
+
+# peft 0.21 asks transformers 5.23 for a setting by its former name.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_the_head_under_an_adapter():
+    base = make_llama(sharp=8)
+    saved = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(base, saved)
+    wrapper = model.get_output_embeddings()
+    trained, original = wrapper.modules_to_save["default"].weight, wrapper.original_module.weight
+    assert head_of(model).weight_VD is trained
+    with torch.no_grad():
+        trained.mul_(2)
+    assert torch.equal(FrozenModel(model, V).head.weight_VD, trained)
+    assert torch.equal(FrozenModel(model, V, is_base=True).head.weight_VD, original)
+    with model.disable_adapter():
+        assert head_of(model).weight_VD is original
+    on_the_head = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    with pytest.raises(ModelError, match=r"no linear output head but peft\.tuners\.lora"):
+        head_of(peft.get_peft_model(make_llama(), on_the_head))
 
 
 def test_hidden_states_of_a_batch_are_those_of_each_sequence_alone():

@@ -98,7 +98,7 @@ def our_step(trainer, inputs, reference, **fields):
         student=model,
         num_tokens=V,
         teacher=FrozenModel(trainer.teacher_model, V, settings.temperature),
-        reference=FrozenModel(reference or model, V, settings.temperature),
+        reference=FrozenModel(reference or model, V, settings.temperature, is_base=True),
         stop_ids=torch.tensor(trainer.stops.event_ids if event else trainer.stops.decode_ids),
         stop_is_event=event,
         temperature=settings.temperature,

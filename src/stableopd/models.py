@@ -182,17 +182,29 @@ def head_of(model: Any, role: str = "model", source: str = "") -> Head:
     Raises:
         ModelError: The model has no linear output embedding.
     """
-    output = model.get_output_embeddings()
+    output = _in_use(model.get_output_embeddings())
     if not isinstance(output, nn.Linear):
+        kind = type(output)
+        found = "" if output is None else f" but {kind.__module__}.{kind.__name__}"
         raise ModelError(
-            f"{role}.model = {source!r}: {type(model).__name__} has no linear output head; "
-            "use a causal language model."
+            f"{role}.model = {source!r}: {type(model).__name__} has no linear output head{found}; "
+            "use a causal language model, and no adapter on its head but modules_to_save."
         )
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(output.weight, output.bias, scale, float(softcap) if softcap else None)
+
+
+def _in_use(head: Any) -> Any:
+    """The head that the model applies, where PEFT's `modules_to_save` holds a trained copy."""
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None:
+        return head
+    if head.disable_adapters or not head.active_adapters:
+        return head.original_module
+    return copies[head.active_adapters[0]]
 
 
 def require_same_tokenizer(student: LanguageModel, teacher: LanguageModel) -> None:

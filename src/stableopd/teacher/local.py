@@ -21,10 +21,12 @@ class FrozenModel:
     """A model that scores tokens and never changes.
 
     Args:
-        model: A transformers model; a PEFT model stands for its base, with the adapter off.
+        model: A transformers model, or a PEFT model around one.
         num_tokens: Size of the vocabulary shared with the student.
         temperature: Temperature of its distribution.
         autocast: Opens the mixed-precision context in which it runs.
+        is_base: Whether a PEFT model stands for its base, with the adapter off: the reference of a
+            student that trains an adapter.
     """
 
     def __init__(
@@ -33,11 +35,14 @@ class FrozenModel:
         num_tokens: int,
         temperature: float = 1.0,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        *,
+        is_base: bool = False,
     ) -> None:
         self.model = model
         self.temperature = temperature
         self._num_tokens = num_tokens
         self._autocast = autocast
+        self._is_base = is_base and hasattr(model, "disable_adapter")
 
     @property
     def head(self) -> Head:
@@ -45,7 +50,8 @@ class FrozenModel:
 
         Sharded weights are whole from a pass of the model on, so ask after `hidden`.
         """
-        head = head_of(self.model).restricted_to(self._num_tokens)
+        with self._adapter_off():
+            head = head_of(self.model).restricted_to(self._num_tokens)
         # With an adapter the head is shared with the student, and takes no gradient from here.
         return Head(
             head.weight_VD.detach(),
@@ -57,9 +63,7 @@ class FrozenModel:
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states at the completion tokens of a batch, (N, D), without gradient."""
-        is_adapted = hasattr(self.model, "disable_adapter")
-        base = self.model.disable_adapter() if is_adapted else contextlib.nullcontext()
-        with base, self._autocast():
+        with self._adapter_off(), self._autocast():
             return token_hidden_states(self.model, batch)
 
     def against(self, batch: Batch, *compares: Callable[[Tensor, Tensor], Tensor]) -> Against:
@@ -74,3 +78,6 @@ class FrozenModel:
         """
         hidden_ND = self.hidden(batch)
         return Against(hidden_ND, self.head, compares, self.temperature)
+
+    def _adapter_off(self) -> contextlib.AbstractContextManager[Any]:
+        return self.model.disable_adapter() if self._is_base else contextlib.nullcontext()

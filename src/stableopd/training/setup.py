@@ -292,17 +292,19 @@ def _players(
     student = loaded.student
     autocast: Any = accelerator.autocast
 
-    def frozen(model: LanguageModel | None, temperature: float) -> FrozenModel | None:
+    def frozen(
+        model: LanguageModel | None, temperature: float, is_base: bool = False
+    ) -> FrozenModel | None:
         if model is None:
             return None
-        return FrozenModel(model.model, num_tokens, temperature, autocast)
+        return FrozenModel(model.model, num_tokens, temperature, autocast, is_base=is_base)
 
     pad_id = student.tokenizer.pad_token_id
     return Players(
         student=student.model,
         num_tokens=num_tokens,
         teacher=frozen(loaded.teacher, config.teacher.temperature),
-        reference=frozen(loaded.reference, config.rollout.temperature),
+        reference=frozen(loaded.reference, config.rollout.temperature, is_base=True),
         stop_ids=torch.tensor(stops.event_ids or stops.decode_ids, device=accelerator.device),
         stop_is_event=bool(stops.event_ids),
         temperature=config.rollout.temperature,
