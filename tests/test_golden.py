@@ -45,6 +45,19 @@ def test_a_stop_in_the_text_is_not_doubled_and_not_hidden(tokenizer):
             encode_golden(Prompt("p", "1", solution=text), tokenizer, STOP)
 
 
+def test_every_stop_ends_a_solution_and_none_stands_within(tokenizer):
+    other = chars("!")[0]
+    ends = Prompt("p", "1", solution="2!")
+    assert encode_golden(ends, tokenizer, STOP, [STOP, other]) == (*chars("2"), other)
+    assert encode_golden(ends, tokenizer, STOP) == (*chars("2!"), STOP)
+    for text in ("2!3", "2!!", "2!</s>"):
+        prompt = Prompt("p", "1", solution=text)
+        with pytest.raises(DataError, match=rf"the stop token '!' \(id {other}\) stands"):
+            encode_golden(prompt, tokenizer, STOP, [STOP, other])
+        with pytest.raises(DataError, match="'!'"):
+            golden_sequences([prompt], [(1,)], tokenizer, STOP, 9, [STOP, other])
+
+
 def test_no_solution(tokenizer):
     with pytest.raises(DataError, match="prompt p: no solution"):
         encode_golden(Prompt("p", "1"), tokenizer, STOP)

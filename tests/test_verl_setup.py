@@ -227,6 +227,7 @@ def test_the_last_session_is_the_golden_solution():
         (ROW, [{}], {}, "use_v1"),
         (ROW | {"extra_info": {}}, [{"session_id": 2}], {}, "no solution"),
         (ROW | {"extra_info": {"solution": "1234567"}}, [{"session_id": 2}], {}, "8 tokens"),
+        (ROW | {"extra_info": {"solution": "1<end>5"}}, [{"session_id": 2}], {}, "stands within"),
         (ROW, [{"session_id": 2}], {"calculate_log_probs": True}, "calculate_log_probs"),
         (ROW, [], {"agent.default_agent_loop": "stableopd_mixture"}, "validation"),
     ],

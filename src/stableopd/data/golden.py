@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
@@ -14,34 +15,39 @@ __all__ = ["encode_golden", "golden_sequences", "num_too_long"]
 
 
 def encode_golden(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stop_id: int
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_id: int,
+    stop_ids: Collection[int] = (),
 ) -> tuple[int, ...]:
     """Token ids of a solution as the completion that follows its prompt.
 
     The text is encoded by itself, as a rollout comes after the prompt's tokens and not out of a
     joint encoding with them; no special token is added but the stop at its end. A solution whose
-    text already ends in the stop token keeps that one.
+    text already ends in a stop token keeps that one.
 
     Args:
         prompt: A problem with a solution.
         tokenizer: The student's tokenizer.
-        stop_id: Token id with which the student stops.
+        stop_id: Token id that is added as the stop.
+        stop_ids: All ids that end a completion, where there are more.
 
     Returns:
-        The token ids; the last one, and only that one, is `stop_id`.
+        The token ids; the last one, and only that one, is a stop.
 
     Raises:
-        DataError: There is no solution, or the stop token stands within it.
+        DataError: There is no solution, or a stop token stands within it.
     """
     if prompt.solution is None:
         raise DataError(f"prompt {prompt.id}: no solution; name its column in data.solution.")
     encoded = tokenizer(prompt.solution, add_special_tokens=False, verbose=False)["input_ids"]
     ids = tuple(encoded)
-    if ids[-1:] == (stop_id,):
-        ids = ids[:-1]
-    if stop_id in ids:
+    stops = {stop_id, *stop_ids}
+    if ids and ids[-1] in stops:
+        ids, stop_id = ids[:-1], ids[-1]
+    if within := [i for i in ids if i in stops]:
         raise DataError(
-            f"prompt {prompt.id}: the stop token {tokenizer.decode([stop_id])!r} (id {stop_id}) "
+            f"prompt {prompt.id}: the stop token {tokenizer.decode(within[:1])!r} (id {within[0]}) "
             "stands within the solution; a solution is one answer, so cut it there."
         )
     return (*ids, stop_id)
@@ -53,6 +59,7 @@ def golden_sequences(
     tokenizer: PreTrainedTokenizerBase,
     stop_id: int,
     max_tokens: int,
+    stop_ids: Collection[int] = (),
 ) -> list[Sequence | None]:
     """The golden sequence of every prompt, where there is one that fits.
 
@@ -62,8 +69,9 @@ def golden_sequences(
         prompts: All prompts of the data set.
         prompt_ids: Their token ids.
         tokenizer: The student's tokenizer.
-        stop_id: Token id with which the student stops.
+        stop_id: Token id that is added as the stop.
         max_tokens: The longest completion, with its stop, in tokens.
+        stop_ids: All ids that end a completion, where there are more.
 
     Returns:
         For each prompt its sequence (`index` is the prompt's place), or None where it has no
@@ -78,7 +86,7 @@ def golden_sequences(
         if prompt.solution is None:
             sequences.append(None)
             continue
-        completion = encode_golden(prompt, tokenizer, stop_id)
+        completion = encode_golden(prompt, tokenizer, stop_id, stop_ids)
         shortest = min(len(completion), shortest or len(completion))
         fits = len(completion) <= max_tokens
         sequences.append(Sequence(ids, completion, True, index) if fits else None)

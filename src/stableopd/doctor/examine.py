@@ -222,7 +222,7 @@ def _golden(case: _Case) -> tuple[list[Sequence], list[tuple[str, Check]]]:
     if not patient.has_data:
         return [], []
     tokenizer = patient.student.tokenizer
-    encoded, refused = lessons.encode_solutions(patient.prompts, tokenizer, case.plan.label_id)
+    encoded, refused = lessons.encode_solutions(patient.prompts, tokenizer, case.plan)
     given = patient.settings.is_given
     checks = [lessons.solutions(patient.prompts, encoded, refused, config, given)]
     # The default grader is as good as none: it compares the whole completion.

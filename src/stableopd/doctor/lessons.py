@@ -9,7 +9,7 @@ from stableopd.config import Config, DataConfig
 from stableopd.data.golden import encode_golden
 from stableopd.data.grading import grade
 from stableopd.doctor.patient import MAX_ROWS, Check, Patient
-from stableopd.rollout.stops import Finding
+from stableopd.rollout.stops import Finding, StopPlan
 from stableopd.types import DataError, Prompt
 
 __all__ = ["contexts", "encode_solutions", "golden_answers", "prompt_lengths", "solutions"]
@@ -102,14 +102,14 @@ def contexts(
 
 
 def encode_solutions(
-    prompts: Many[Prompt], tokenizer: object, label_id: int
+    prompts: Many[Prompt], tokenizer: object, plan: StopPlan
 ) -> tuple[list[tuple[int, tuple[int, ...]]], list[str]]:
     """Golden solutions as completions with their stop, and why others cannot be used.
 
     Args:
         prompts: Prompts.
         tokenizer: The student's tokenizer.
-        label_id: The stop token that is appended.
+        plan: Which ids stop, and which of them is appended.
 
     Returns:
         Pairs of a prompt's place and its solution's ids; and a sentence for each that is refused.
@@ -120,7 +120,8 @@ def encode_solutions(
         if prompt.solution is None:
             continue
         try:
-            encoded.append((place, encode_golden(prompt, tokenizer, label_id)))  # pyright: ignore[reportArgumentType]
+            ids = encode_golden(prompt, tokenizer, plan.label_id, plan.decode_ids)  # pyright: ignore[reportArgumentType]
+            encoded.append((place, ids))
         except DataError as error:
             refused.append(str(error))
     return encoded, refused

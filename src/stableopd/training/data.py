@@ -73,7 +73,9 @@ def load_train(
     ids = _encode(config, student, teacher_context, prompts, budget)
     if not needs_golden:
         return Problems(prompts, ids, [None] * len(prompts)), []
-    golden = golden_sequences(prompts, ids, student.tokenizer, stops.label_id, budget)
+    golden = golden_sequences(
+        prompts, ids, student.tokenizer, stops.label_id, budget, stops.decode_ids
+    )
     notes: list[str] = []
     if left_out := num_too_long(prompts, golden):
         notes.append(

@@ -87,7 +87,8 @@ class MixtureAgentLoop(SingleTurnAgentLoop):
         name = str(kwargs.get("index", kwargs.get("uid", "")))
         solution = (kwargs.get("extra_info") or {}).get("solution")
         prompt = Prompt(id=name, prompt="", solution=solution)
-        ids = list(encode_golden(prompt, self.tokenizer, self.settings.stop_ids[0]))
+        stops = self.settings.stop_ids
+        ids = list(encode_golden(prompt, self.tokenizer, stops[0], stops))
         if len(ids) > self.response_length:
             raise DataError(
                 f"prompt {name}: its golden solution has {len(ids)} tokens with its stop and "
