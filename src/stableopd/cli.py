@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stableopd.cli_offline import golden, score
+from stableopd.cli_offline import ChatTemplate, NoChatTemplate, TemplateKwargs, golden, score
+from stableopd.config_templates import chosen_template, parse_kwargs, with_template_value
 from stableopd.types import ConfigError, StableOPDError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def main() -> None:
     the answer 1 (a collapse, a FAIL, a run that the alarm stopped).
     """
     try:
-        app()
+        app(args=with_template_value(sys.argv[1:]))
     except StableOPDError as error:
         if _is_first_here() or not error.is_shared:
             print(f"error: {error}", file=sys.stderr)
@@ -200,7 +201,9 @@ def evaluate(
         str, typer.Option(help="math (math-verify), exact, or auto: math, embedded data exact.")
     ] = "auto",
     answer_marker: Annotated[str, typer.Option(help="What stands before an exact answer.")] = "",
-    chat_template: Annotated[bool, typer.Option(help="Put prompts through it.")] = True,
+    chat_template: ChatTemplate = "auto",
+    no_chat_template: NoChatTemplate = False,
+    chat_template_kwargs: TemplateKwargs = [],  # noqa: B006
     prompt_column: Annotated[str, typer.Option(help="Dots reach into objects.")] = "prompt",
     answer_column: Annotated[str, typer.Option(help="Dots reach into objects.")] = "answer",
     gguf_file: Annotated[str, typer.Option(help="GGUF file in the model's folder.")] = "",
@@ -228,7 +231,8 @@ def evaluate(
         batch_size=batch_size,
         grader=grader,
         answer_marker=answer_marker,
-        chat_template=chat_template,
+        chat_template=chosen_template(chat_template, no_chat_template),
+        chat_template_kwargs=parse_kwargs(chat_template_kwargs),
         prompt_column=prompt_column,
         answer_column=answer_column,
         device=device,
@@ -316,15 +320,18 @@ def doctor(
     set_: Overrides = [],  # noqa: B006 (typer reads the default and never changes it)
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The length budget.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts to sample on.")] = 8,
-    chat_template: Annotated[str, typer.Option(help="auto or none.")] = "",
+    chat_template: Annotated[str, typer.Option(help="auto, none, or a file with a template.")] = "",
+    chat_template_kwargs: TemplateKwargs = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Look at models and data before a run: OK, WARN or FAIL, and the fix; exit code 1 on FAIL."""
     from stableopd.doctor.command import run_doctor
 
+    kwargs = parse_kwargs(chat_template_kwargs)
     code = run_doctor(
-        student, teacher, data, config, set_, max_new_tokens, num_prompts, chat_template, as_json
-    )
+        student, teacher, data, config, set_, max_new_tokens, num_prompts, chat_template, as_json,
+        kwargs,
+    )  # fmt: skip
     raise typer.Exit(code)
 
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stableopd.config_templates import chosen_template, parse_kwargs
+
 if TYPE_CHECKING:
     from stableopd.offline.source import Source
 
-__all__ = ["golden", "score"]
+__all__ = ["ChatTemplate", "NoChatTemplate", "TemplateKwargs", "golden", "score"]
 
 Model = Annotated[
     str, typer.Option(help="Teacher: folder, hub name, embedded; with --url its name there.")
@@ -28,6 +30,24 @@ InFlight = Annotated[int, typer.Option(min=1, help="Requests under way at once."
 TimeoutS = Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of a server.")]
 PatienceS = Annotated[
     float, typer.Option(min=0, help="Seconds without any answer until it is given up.")
+]
+
+ChatTemplate = Annotated[
+    str,
+    typer.Option(
+        help="auto: the tokenizer's, for prompts without ids; none; or a file with a template."
+    ),
+]
+NoChatTemplate = Annotated[
+    bool, typer.Option("--no-chat-template", help="Take text as it is: --chat-template none.")
+]
+TemplateKwargs = Annotated[
+    list[str],
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="NAME=VALUE",
+        help="Variables of the template, as enable_thinking=false; or one JSON object.",
+    ),
 ]
 
 
@@ -67,7 +87,9 @@ def score(
     model: Model = "",
     url: Urls = [],  # noqa: B006 (typer reads the default and never changes it)
     stop: Annotated[str, typer.Option(help="event: any stop id; token: the one there.")] = "event",
-    chat_template: Annotated[bool, typer.Option(help="For prompts without ids.")] = True,
+    chat_template: ChatTemplate = "auto",
+    no_chat_template: NoChatTemplate = False,
+    chat_template_kwargs: TemplateKwargs = [],  # noqa: B006
     batch_tokens: Annotated[int, typer.Option(min=1, help="Of a local forward pass.")] = 8192,
     tokenizer: Tokenizer = "",
     stop_ids: StopIds = [],  # noqa: B006
@@ -86,7 +108,9 @@ def score(
         model, url, tokenizer, stop_ids, api_key_env, gguf_file, device, dtype,
         max_in_flight, timeout_s, patience_s,
     )  # fmt: skip
-    raise typer.Exit(run_score(source, rollouts, output, stop, chat_template, batch_tokens))
+    template = chosen_template(chat_template, no_chat_template)
+    kwargs = parse_kwargs(chat_template_kwargs)
+    raise typer.Exit(run_score(source, rollouts, output, stop, template, batch_tokens, kwargs))
 
 
 def golden(
@@ -106,7 +130,9 @@ def golden(
         str, typer.Option(help="math (math-verify), exact, or auto: math, embedded data exact.")
     ] = "auto",
     answer_marker: Annotated[str, typer.Option(help="What stands before an exact answer.")] = "",
-    chat_template: Annotated[bool, typer.Option(help="Put prompts through it.")] = True,
+    chat_template: ChatTemplate = "auto",
+    no_chat_template: NoChatTemplate = False,
+    chat_template_kwargs: TemplateKwargs = [],  # noqa: B006
     prompt_column: Annotated[str, typer.Option(help="Dots reach into objects.")] = "prompt",
     answer_column: Annotated[str, typer.Option(help="Dots reach into objects.")] = "answer",
     tokenizer: Tokenizer = "",
@@ -128,6 +154,7 @@ def golden(
     )  # fmt: skip
     asked = Asked(
         num_samples, verified, temperature, top_p, max_new_tokens, seed, batch_size, grader,
-        answer_marker, chat_template, prompt_column, answer_column, max_problems,
+        answer_marker, chosen_template(chat_template, no_chat_template), prompt_column,
+        answer_column, max_problems, parse_kwargs(chat_template_kwargs),
     )  # fmt: skip
     raise typer.Exit(run_golden(source, data, output, asked))

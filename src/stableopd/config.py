@@ -22,7 +22,7 @@ from typing import Any
 from stableopd.config_checks import check
 from stableopd.types import ConfigError
 
-__all__ = ["Config", "load", "parse", "to_toml"]
+__all__ = ["Config", "load", "parse", "to_toml", "toml_value"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class DataConfig:
     solution: str = "solution"
     answer: str = "answer"
     teacher: str = "teacher"  # column with a name of teacher.by_name; empty: the default teacher
-    chat_template: str = "auto"
+    chat_template: str = "auto"  # "auto", "none", or a file with a Jinja template
+    # Variables for the template, such as {enable_thinking = false}.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
     grader: str = "exact"
     answer_marker: str = ""  # exact: the text after the last marker is compared; "" compares all
 
@@ -304,12 +306,20 @@ def to_toml(config: Config) -> str:
         for f in dataclasses.fields(values):
             value = getattr(values, f.name)
             if value is not None:
-                lines.append(f"{f.name} = {_toml_value(value)}")
+                lines.append(f"{f.name} = {toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Write a value of a field as TOML, on one line.
+
+    Args:
+        value: Text, a number, true or false, or a list or dict of these.
+
+    Returns:
+        TOML that `parse` and overrides read back.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -317,9 +327,10 @@ def _toml_value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
         items = typing.cast(dict[str, Any], value).items()
-        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in items) + "}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(v) for v in typing.cast(tuple[Any, ...], value)) + "]"
+        return "{" + ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in items) + "}"
+    if isinstance(value, tuple | list):
+        items = typing.cast(typing.Sequence[Any], value)
+        return "[" + ", ".join(map(toml_value, items)) + "]"
     return repr(value)
 
 
@@ -366,6 +377,8 @@ def _typed(source: str, name: str, hint: Any, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{source}: {name} must be a table of names, not {value!r}.")
         _, inner = typing.get_args(hint)
+        if inner is Any:
+            return dict(typing.cast(dict[str, Any], value))  # `check` looks at what is in it
         items = typing.cast(dict[str, Any], value).items()
         return {key: _typed(source, f"{name}.{key}", inner, item) for key, item in items}
     if typing.get_origin(hint) is tuple:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 from stableopd.config_servers import engine_rules, teacher_rules
+from stableopd.config_templates import kwargs_fault
 from stableopd.types import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.trackers": ("tensorboard", "wandb", "trackio"),
     "student.dtype": ("auto", "float32", "bfloat16", "float16"),
     "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "data.chat_template": ("auto", "none"),
     "data.grader": ("exact", "math"),
     "rollout.engine": ("transformers", "vllm"),
     "objective.method": ("opd", "stable_opd", "sft", "grpo", "gkd"),
@@ -118,6 +118,7 @@ def check(config: Config, source: str) -> None:
         *_term_rules(config),
         *_policy_rules(config),
         *_run_rules(config),
+        *_template_rules(config),
         *teacher_rules(config),
         *engine_rules(config),
         *_alarm_rules(config),
@@ -247,6 +248,22 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
             e.temperature == 0 and e.samples > 1,
             "eval.temperature = 0 is greedy, so eval.samples above 1 would repeat one answer; "
             "set eval.samples = 1.",
+        ),
+    ]
+
+
+def _template_rules(config: Config) -> list[tuple[bool, str]]:
+    data = config.data
+    fault = kwargs_fault(data.chat_template_kwargs)
+    return [
+        (bool(fault), f"data.chat_template_kwargs {fault}"),
+        (
+            not data.chat_template,
+            "data.chat_template is empty; give auto, none, or a file with a Jinja template.",
+        ),
+        (
+            data.chat_template == "none" and bool(data.chat_template_kwargs),
+            'data.chat_template_kwargs has no effect with data.chat_template = "none".',
         ),
     ]
 

@@ -7,13 +7,12 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from stableopd.data.rows import Row, one_line, read_rows
+from stableopd.data.rows import Row, read_rows
+from stableopd.data.templates import is_templated, run_template
 from stableopd.types import DataError, Message, Prompt
 
 if TYPE_CHECKING:
@@ -208,14 +207,21 @@ def _conversation(row: Row, name: str, value: Any) -> str | tuple[Message, ...]:
     return tuple(messages)
 
 
-def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
+def render(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
     """The text that the model reads.
 
     Args:
         prompt: Plain text or messages.
         tokenizer: The student's tokenizer.
         chat_template: "auto" puts messages, and plain text as one message of the user, through the
-            tokenizer's chat template where it has one; "none" takes plain text as it is.
+            tokenizer's chat template where it has one; so does the path of a file, whose template
+            the tokenizer has been given; "none" takes plain text as it is.
+        template_kwargs: Further variables of the template.
 
     Returns:
         The text, up to where the assistant's answer begins.
@@ -223,7 +229,7 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: st
     Raises:
         DataError: Messages without a template, or messages that the template refuses.
     """
-    if not _is_templated(tokenizer, chat_template):
+    if not is_templated(tokenizer, chat_template):
         if isinstance(prompt.prompt, str):
             return prompt.prompt
         reason = (
@@ -236,19 +242,12 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: st
     messages = (
         (Message("user", prompt.prompt),) if isinstance(prompt.prompt, str) else prompt.prompt
     )
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"prompt {prompt.id}: the tokenizer's chat template refuses its messages "
-            f"({one_line(error)})."
-        ) from None
+    return run_template(
+        tokenizer,
+        [{"role": m.role, "content": m.content} for m in messages],
+        template_kwargs or {},
+        f"prompt {prompt.id}",
+    )
 
 
 def encode_prompts(
@@ -258,6 +257,7 @@ def encode_prompts(
     max_prompt_tokens: int,
     context: int | None,
     max_new_tokens: int,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[tuple[int, ...]]:
     """Token ids of prompts, checked against the budget.
 
@@ -267,10 +267,11 @@ def encode_prompts(
     Args:
         prompts: What to encode.
         tokenizer: The student's tokenizer.
-        chat_template: "auto" or "none", see `render`.
+        chat_template: "auto", "none" or the path of a file, see `render`.
         max_prompt_tokens: The longest prompt that is allowed, in tokens.
         context: The longest sequence that the model takes, in tokens; None where it has no limit.
         max_new_tokens: The longest completion that is to follow, in tokens.
+        template_kwargs: Further variables of the chat template.
 
     Returns:
         One tuple of token ids for each prompt.
@@ -281,10 +282,10 @@ def encode_prompts(
     """
     if not prompts:
         return []
-    texts = [render(prompt, tokenizer, chat_template) for prompt in prompts]
+    texts = [render(prompt, tokenizer, chat_template, template_kwargs) for prompt in prompts]
     bare = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     encoded: list[tuple[int, ...]] = [tuple(ids) for ids in bare]
-    if not _is_templated(tokenizer, chat_template):
+    if not is_templated(tokenizer, chat_template):
         whole = tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
         encoded = [
             _without_suffix(tuple(ids), inner) for ids, inner in zip(whole, encoded, strict=True)
@@ -322,10 +323,6 @@ def _shuffled(num: int, seed: int, epoch: int) -> tuple[int, ...]:
     # Text as a seed is hashed in full, so neighbouring seeds and epochs are unrelated.
     random.Random(f"prompts {seed} {epoch}").shuffle(places)
     return tuple(places)
-
-
-def _is_templated(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> bool:
-    return chat_template == "auto" and bool(tokenizer.chat_template)
 
 
 def _without_suffix(whole: tuple[int, ...], inner: tuple[int, ...]) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ def run_doctor(
     num_prompts: int = 8,
     chat_template: str = "",
     as_json: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> int:
     """Examine models and data before a run, and print what was found.
 
@@ -42,6 +43,7 @@ def run_doctor(
         num_prompts: Prompts on which each model writes one completion.
         chat_template: `data.chat_template`.
         as_json: Print one JSON object instead of the table.
+        chat_template_kwargs: `data.chat_template_kwargs`.
 
     Returns:
         1 where a finding is FAIL, else 0.
@@ -50,7 +52,15 @@ def run_doctor(
         StableOPDError: A setting is impossible, or a model or the data cannot be loaded.
     """
     settings = settings_of(
-        student, teacher, data, config, overrides, max_new_tokens, num_prompts, chat_template
+        student,
+        teacher,
+        data,
+        config,
+        overrides,
+        max_new_tokens,
+        num_prompts,
+        chat_template,
+        chat_template_kwargs,
     )
     progress = Console(stderr=True)
     with progress.status("loading models and data"):

@@ -136,8 +136,9 @@ def _tokens(patient: Patient, checks: list[tuple[str, Check]]) -> tuple[Language
     checks.append(("tokenizers", same))
     own: list[Finding] = [tokens.sampling(student, patient.config)]
     if teacher is not None:
-        setting = patient.config.data.chat_template
-        own.append(tokens.chat_templates(student, teacher, patient.prompts[0], setting))
+        data = patient.config.data
+        setting, kwargs = data.chat_template, data.chat_template_kwargs
+        own.append(tokens.chat_templates(student, teacher, patient.prompts[0], setting, kwargs))
     checks.append(("", Check(tuple(own))))
     if same.numbers.get("num_differing_ids"):
         teacher = None

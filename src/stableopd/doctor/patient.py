@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ import transformers
 from stableopd import config as configuration
 from stableopd import embedded, models
 from stableopd.config import Config, TeacherConfig
+from stableopd.config_templates import read_template
 from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.data.templates import give_template
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import Finding
 from stableopd.training.devices import dtype_of, make_accelerator, require_one_process
@@ -109,6 +110,7 @@ def settings_of(
     max_new_tokens: int | None = None,
     num_prompts: int = 8,
     chat_template: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Settings:
     """The settings that the command's options stand for.
 
@@ -124,6 +126,7 @@ def settings_of(
         max_new_tokens: `rollout.max_new_tokens`; None leaves it.
         num_prompts: Prompts on which completions are sampled, at least 1.
         chat_template: `data.chat_template`; "" leaves it.
+        chat_template_kwargs: `data.chat_template_kwargs`; an empty one leaves them.
 
     Returns:
         The settings.
@@ -137,11 +140,12 @@ def settings_of(
         )
     if num_prompts < 1:
         raise ConfigError(f"--num-prompts {num_prompts} must be at least 1.")
-    options: dict[str, str | int | None] = {
+    options: dict[str, Any] = {
         "student.model": student,
         "teacher.model": teacher,
         "data.train": data,
         "data.chat_template": chat_template,
+        "data.chat_template_kwargs": dict(chat_template_kwargs or {}),
         "rollout.max_new_tokens": max_new_tokens,
     }
     is_embedded = config is None and student == "embedded" and data in ("", "embedded")
@@ -162,12 +166,12 @@ def settings_of(
     return Settings(made, config is not None, num_prompts, has_budget)
 
 
-def _as_overrides(options: Mapping[str, str | int | None]) -> list[str]:
+def _as_overrides(options: Mapping[str, Any]) -> list[str]:
     """Options that were given, as `section.key=value`."""
     return [
-        f"{field}={json.dumps(value, ensure_ascii=False)}"
+        f"{field}={configuration.toml_value(value)}"
         for field, value in options.items()
-        if value not in ("", None)
+        if value not in ("", None, {})
     ]
 
 
@@ -201,6 +205,7 @@ def admit(settings: Settings) -> Patient:
     """
     config = settings.config
     s, t = config.student, config.teacher
+    read_template(config.data.chat_template)  # refused before weights are read
     accelerator = make_accelerator(config.run.device, s.dtype, (), Path())
     require_one_process(accelerator, "doctor")
     device = accelerator.device
@@ -214,6 +219,7 @@ def admit(settings: Settings) -> Patient:
     student = load(s.model, "student", s.dtype, s.gguf_file)
     if s.lora_rank:
         student = models.add_lora(student, s.lora_rank, s.lora_alpha, s.lora_targets)
+    give_template(student.tokenizer, config.data.chat_template)
     teacher = load(t.model, "teacher", t.dtype, t.gguf_file) if t.model else None
     has_data = config.data.train != NO_DATA
     if has_data:
@@ -235,6 +241,7 @@ def admit(settings: Settings) -> Patient:
         max_prompt_tokens=10**9,
         context=None,
         max_new_tokens=config.rollout.max_new_tokens,
+        template_kwargs=config.data.chat_template_kwargs,
     )
     autocast: Any = accelerator.autocast
     return Patient(settings, device, student, teacher, prompts, prompt_ids, has_data, autocast)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -107,7 +108,11 @@ def vocabulary(student: LanguageModel, teacher: LanguageModel | None) -> Check:
 
 
 def chat_templates(
-    student: LanguageModel, teacher: LanguageModel, prompt: Prompt, setting: str
+    student: LanguageModel,
+    teacher: LanguageModel,
+    prompt: Prompt,
+    setting: str,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Finding:
     """Whether the teacher would write a prompt as it is about to read it.
 
@@ -116,6 +121,7 @@ def chat_templates(
         teacher: The teacher.
         prompt: One prompt.
         setting: `data.chat_template`.
+        kwargs: `data.chat_template_kwargs`.
 
     Returns:
         WARN where one of the two has a template and the other none, or where their texts differ.
@@ -124,7 +130,7 @@ def chat_templates(
     mine, theirs = _template(student), _template(teacher)
     if not mine and not theirs:
         return Finding("OK", name, "neither tokenizer has one; prompts are read as plain text.")
-    if mine and not theirs and setting == "auto":
+    if mine and not theirs and setting != "none":
         return Finding(
             "WARN",
             name,
@@ -145,7 +151,7 @@ def chat_templates(
     if not theirs:
         return Finding("OK", name, 'data.chat_template is "none", and the teacher has none.')
     try:
-        texts = [render(prompt, m.tokenizer, setting) for m in (student, teacher)]
+        texts = [render(prompt, m.tokenizer, setting, kwargs) for m in (student, teacher)]
     except DataError as error:
         return Finding("WARN", name, f"one of the two templates fails: {error}", "compare the two.")
     if texts[0] == texts[1]:

@@ -15,7 +15,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from stableopd import embedded, models
 from stableopd.config import Config, DataConfig, load
+from stableopd.config_templates import told_template
 from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.data.templates import give_template
 from stableopd.evaluate.loading import load_model
 from stableopd.evaluate.measure import answer, num_together, summarise
 from stableopd.evaluate.settings import MAX_NEW_TOKENS, Settings, check, names_of
@@ -62,12 +64,16 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
         one = require_one_process(make_accelerator(settings.device, "float32", (), output), "eval")
         dtype = dtype_of(settings.dtype, "teacher", one.device)
         model, weights = load_model(settings.model, settings.gguf_file, dtype, one.device, "eval")
+    give_template(model.tokenizer, settings.chat_template)
     encoded = _encode(sets, model, settings)
     budget = settings.max_new_tokens or _budget(encoded, model)
     for name, of in sets.items():
         _refuse_overlong(name, of, encoded[name], model, budget)
+    asked = dataclasses.asdict(settings)
+    template = {name: asked[name] for name in ("chat_template", "chat_template_kwargs")}
     decided = {
-        **{k: v for k, v in dataclasses.asdict(settings).items() if k not in ("data", "device")},
+        **{k: v for k, v in asked.items() if k not in ("data", "device", *template)},
+        **told_template(*template.values()),
         "max_new_tokens": budget,
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights,
@@ -127,10 +133,10 @@ def _demo() -> Config:
 def _encode(
     sets: Mapping[str, _Set], model: LanguageModel, settings: Settings
 ) -> dict[str, list[tuple[int, ...]]]:
-    template = "auto" if settings.chat_template else "none"
+    template, kwargs = settings.chat_template, settings.chat_template_kwargs
     # Any length, for the moment: the budget of the completions follows from the longest prompt.
     return {
-        name: encode_prompts(of.prompts, model.tokenizer, template, 2**62, None, 0)
+        name: encode_prompts(of.prompts, model.tokenizer, template, 2**62, None, 0, kwargs)
         for name, of in sets.items()
     }
 

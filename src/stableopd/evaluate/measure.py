@@ -60,12 +60,12 @@ def answer(
         # Text as a seed is hashed in full, so neighbouring problems are unrelated.
         random.Random(seed_text).getrandbits(32),
     )
-    template = "auto" if settings.chat_template else "none"
+    template, kwargs = settings.chat_template, settings.chat_template_kwargs
+    texts = [render(prompt, sampler.tokenizer, template, kwargs) for prompt in prompts]
+    answers = (drawn[n : n + k] for n in range(0, len(drawn), k))
     return [
-        _row(prompt, render(prompt, sampler.tokenizer, template), own, settings, grader)
-        for prompt, own in zip(
-            prompts, (drawn[n : n + k] for n in range(0, len(drawn), k)), strict=True
-        )
+        _row(prompt, text, own, settings, grader)
+        for prompt, text, own in zip(prompts, texts, answers, strict=True)
     ]
 
 

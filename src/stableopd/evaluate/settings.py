@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stableopd.types import ConfigError
 
@@ -39,7 +40,9 @@ class Settings:
         batch_size: Completions generated at once.
         grader: "math", "exact", or "auto": exact for the embedded problems, else math.
         answer_marker: What stands before the answer, for "exact".
-        chat_template: Whether prompts go through the tokenizer's chat template, where it has one.
+        chat_template: "auto" puts prompts through the tokenizer's chat template, where it has one;
+            "none" does not; the path of a file takes the template from there.
+        chat_template_kwargs: Further variables of the template.
         prompt_column: Column with the prompt.
         answer_column: Column with the answer.
         device: "auto", "cpu", "cuda" or "mps".
@@ -61,7 +64,8 @@ class Settings:
     batch_size: int = 64
     grader: str = "auto"
     answer_marker: str = ""
-    chat_template: bool = True
+    chat_template: str = "auto"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     device: str = "auto"

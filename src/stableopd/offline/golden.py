@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +18,10 @@ from rich.progress import track
 
 from stableopd import embedded
 from stableopd.config import DataConfig, load
+from stableopd.config_templates import read_template, told_template
 from stableopd.data.grading import grade
 from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.data.templates import give_template
 from stableopd.evaluate.store import fingerprint
 from stableopd.models import LanguageModel, shared_vocabulary
 from stableopd.offline.journal import Journal
@@ -53,10 +55,12 @@ class Asked:
         batch_size: Answers that a local teacher writes at once.
         grader: "math", "exact", or "auto": exact for the embedded problems, else math.
         answer_marker: What stands before the answer, for "exact".
-        chat_template: Whether prompts go through the teacher's chat template.
+        chat_template: "auto" puts prompts through the teacher's chat template; "none" does not;
+            the path of a file takes the template from there.
         prompt_column: Column with the prompt.
         answer_column: Column with the answer.
         max_problems: Prompts, from the beginning; 0 takes all.
+        chat_template_kwargs: Further variables of the template.
     """
 
     num_samples: int = 1
@@ -68,10 +72,11 @@ class Asked:
     batch_size: int = 64
     grader: str = "auto"
     answer_marker: str = ""
-    chat_template: bool = True
+    chat_template: str = "auto"
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     max_problems: int = 0
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 # A text, and whether it ended with a stop.
@@ -117,7 +122,8 @@ def run_golden(source: Source, data: str, output: Path, asked: Asked) -> int:
         "weights": teacher.weights,
         "stop_ids": list(teacher.stop_ids or ()),
         "prompts": fingerprint(prompts),
-        **asdict(asked),
+        **{k: v for k, v in asdict(asked).items() if not k.startswith("chat_template")},
+        **told_template(asked.chat_template, asked.chat_template_kwargs),
     }
     attempts = output.with_name(f"{output.name}.attempts.jsonl")
     if output.exists() and not attempts.exists():
@@ -128,6 +134,7 @@ def run_golden(source: Source, data: str, output: Path, asked: Asked) -> int:
     journal = Journal(attempts, settings)
     writer: _Writer
     if teacher.local is not None:
+        give_template(teacher.local.tokenizer, asked.chat_template)
         writer = _LocalWriter(teacher.local, teacher.stop_ids or (), asked)
     else:
         writer = _ServedWriter(teacher, source.max_in_flight)
@@ -235,9 +242,16 @@ class _LocalWriter:
 
     def write(self, prompts: Sequence[Prompt], asked: Asked, start: int) -> list[list[Answer]]:
         """N answers to each prompt; draws follow from the seed and the place of the first."""
-        template, k = "auto" if asked.chat_template else "none", asked.num_samples
-        tokenizer, budget = self._model.tokenizer, asked.max_new_tokens
-        ids = encode_prompts(prompts, tokenizer, template, 2**62, self._model.context, budget)
+        k, budget = asked.num_samples, asked.max_new_tokens
+        ids = encode_prompts(
+            prompts,
+            self._model.tokenizer,
+            asked.chat_template,
+            2**62,
+            self._model.context,
+            budget,
+            asked.chat_template_kwargs,
+        )
         drawn = self._sampler.sample(
             [(prompt.id, own) for prompt, own in zip(prompts, ids, strict=True)],
             k,
@@ -259,7 +273,7 @@ class _ServedWriter:
 
     def write(self, prompts: Sequence[Prompt], asked: Asked, start: int) -> list[list[Answer]]:
         """N answers to each prompt."""
-        path = "/chat/completions" if asked.chat_template else "/completions"
+        path = "/completions" if asked.chat_template == "none" else "/chat/completions"
         bodies = [self._body(prompt, asked, start + i) for i, prompt in enumerate(prompts)]
         return [self._answers(a, asked) for a in self._endpoint.post_all(path, bodies)]
 
@@ -274,10 +288,16 @@ class _ServedWriter:
         }
         if self._stop_ids:
             body["stop_token_ids"] = list(self._stop_ids)
-        if asked.chat_template:
+        if asked.chat_template != "none":
             turns = _plain(prompt)
             one = [{"role": "user", "content": turns}]
-            return {**body, "messages": one if isinstance(turns, str) else turns}
+            body["messages"] = one if isinstance(turns, str) else turns
+            # The names that vLLM and SGLang have for them.
+            if asked.chat_template_kwargs:
+                body["chat_template_kwargs"] = asked.chat_template_kwargs
+            if template := read_template(asked.chat_template):
+                body["chat_template"] = template
+            return body
         if not isinstance(prompt.prompt, str):
             raise DataError(
                 f"prompt {prompt.id}: a list of messages, which needs the chat template; leave "
@@ -286,10 +306,11 @@ class _ServedWriter:
         return {**body, "prompt": prompt.prompt}
 
     def _answers(self, answer: dict[str, Any], asked: Asked) -> list[Answer]:
+        is_chat = asked.chat_template != "none"
         try:
             found = [
                 (
-                    str((c["message"]["content"] if asked.chat_template else c["text"]) or ""),
+                    str((c["message"]["content"] if is_chat else c["text"]) or ""),
                     c["finish_reason"] == "stop",
                 )
                 for c in answer["choices"]

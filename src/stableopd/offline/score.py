@@ -11,8 +11,10 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import track
 
+from stableopd.config_templates import told_template
 from stableopd.data.prompts import encode_prompts
 from stableopd.data.rows import read_rows
+from stableopd.data.templates import give_template
 from stableopd.evaluate.store import fingerprint
 from stableopd.offline.journal import Journal
 from stableopd.offline.source import LocalJudge, Opened, Source, open_source
@@ -31,6 +33,12 @@ class _Judge(Protocol):
 
 
 @dataclass(frozen=True)
+class _Template:
+    setting: str
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class _Line:
     place: str
     values: dict[str, Any]
@@ -41,8 +49,9 @@ def run_score(
     rollouts: Path,
     output: Path,
     stop: str = "event",
-    chat_template: bool = True,
+    chat_template: str = "auto",
     batch_tokens: int = 8192,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> int:
     """Write rollouts with `teacher_logprobs` filled in, or go on where a kill left it.
 
@@ -51,8 +60,10 @@ def run_score(
         rollouts: A run folder, or a file (or folder of files) of rollouts.
         output: The file to write.
         stop: "event" scores a stop as any of the stop ids, "token" as the one that stands there.
-        chat_template: Whether prompts without ids go through the tokenizer's chat template.
+        chat_template: For prompts without ids: "auto" puts them through the tokenizer's chat
+            template; "none" does not; the path of a file takes the template from there.
         batch_tokens: Padded tokens of one forward pass of a local teacher.
+        chat_template_kwargs: Further variables of the template.
 
     Returns:
         0, or 130 after Ctrl-C; what was scored is kept.
@@ -69,13 +80,17 @@ def run_score(
     teacher = open_source(source, "score")
     event_ids = _event_ids(teacher, run_stops) if stop == "event" else ()
     judge = _judge_of(teacher, event_ids, batch_tokens)
+    kwargs = dict(chat_template_kwargs or {})
+    if teacher.tokenizer is not None:
+        give_template(teacher.tokenizer, chat_template)
+    template = _Template(chat_template, kwargs)
     settings = {
         "command": "score",
         "teacher": teacher.name,
         "weights": teacher.weights,
         "stop": stop,
         "stop_ids": list(event_ids),
-        "chat_template": chat_template,
+        **told_template(chat_template, kwargs),
         "rollouts": fingerprint(files),
     }
     journal = Journal(output, settings)
@@ -84,7 +99,7 @@ def run_score(
     console = Console(stderr=True)
     try:
         for start in track(starts, "scoring", console=console, disable=not console.is_terminal):
-            _score(journal, judge, teacher, lines[start : start + GROUP], chat_template)
+            _score(journal, judge, teacher, lines[start : start + GROUP], template)
     except KeyboardInterrupt:
         print(f"Interrupted; what was scored is in {output}. The same command goes on.")
         return 130
@@ -134,9 +149,9 @@ def _event_ids(teacher: Opened, run_stops: tuple[int, ...] | None) -> tuple[int,
 
 
 def _score(
-    journal: Journal, judge: _Judge, teacher: Opened, lines: list[_Line], chat_template: bool
+    journal: Journal, judge: _Judge, teacher: Opened, lines: list[_Line], template: _Template
 ) -> None:
-    items = [_item(line, teacher, chat_template) for line in lines]
+    items = [_item(line, teacher, template) for line in lines]
     scored = [item for item in items if item[1]]
     judged = iter(judge.judge(scored))
     rows: list[Mapping[str, Any]] = []
@@ -153,12 +168,12 @@ def _score(
     journal.add(rows)
 
 
-def _item(line: _Line, teacher: Opened, chat_template: bool) -> Item:
+def _item(line: _Line, teacher: Opened, template: _Template) -> Item:
     """Token ids of a rollout: those that it holds, or those of its texts."""
     values, place = line.values, line.place
     ids = [values.get("prompt_ids"), values.get("completion_ids")]
     if all(x is None for x in ids):
-        ids = _encode(values, place, teacher, chat_template)
+        ids = _encode(values, place, teacher, template)
     for name, found in zip(("prompt_ids", "completion_ids"), ids, strict=True):
         if not isinstance(found, list) or not all(type(x) is int and x >= 0 for x in found):
             raise DataError(f"{place}: {name} must be a list of token ids.")
@@ -184,7 +199,7 @@ def _item(line: _Line, teacher: Opened, chat_template: bool) -> Item:
 
 
 def _encode(
-    values: Mapping[str, Any], place: str, teacher: Opened, chat_template: bool
+    values: Mapping[str, Any], place: str, teacher: Opened, template: _Template
 ) -> list[list[int] | None]:
     tokenizer, text, prompt = teacher.tokenizer, values.get("completion"), values.get("prompt")
     if not isinstance(text, str) or not isinstance(prompt, str | list):
@@ -204,9 +219,10 @@ def _encode(
         )
     except (LookupError, TypeError):
         raise DataError(f"{place}: the prompt's messages must have role and content.") from None
-    template = "auto" if chat_template else "none"
     told = Prompt(place, turns)
-    (prompt_ids,) = encode_prompts([told], tokenizer, template, 2**62, None, 0)
+    (prompt_ids,) = encode_prompts(
+        [told], tokenizer, template.setting, 2**62, None, 0, template.kwargs
+    )
     completion = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if values.get("stop_reason") == StopReason.STOP:
         stops = teacher.stop_ids or ()

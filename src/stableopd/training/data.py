@@ -131,6 +131,7 @@ def _encode(
         config.rollout.max_prompt_tokens,
         min(contexts, default=None),
         max_new_tokens,
+        config.data.chat_template_kwargs,
     )
 
 

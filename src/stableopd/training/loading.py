@@ -17,6 +17,8 @@ from torch import Tensor
 
 from stableopd import embedded, models
 from stableopd.config import Config, ObjectiveConfig
+from stableopd.config_templates import read_template
+from stableopd.data.templates import give_template
 from stableopd.models import LanguageModel
 from stableopd.training.checkpoint import load_adapter
 from stableopd.training.devices import Layout, dtype_of
@@ -57,6 +59,7 @@ def load_models(
         RunFolderError: The checkpoint holds no adapter that fits.
     """
     o, s, t = config.objective, config.student, config.teacher
+    read_template(config.data.chat_template)  # refused before weights are read
     source = _source(s.model, "student")
     device = torch.device("cpu") if layout.ranks.shards else layout.device
     dtype = dtype_of(s.dtype, "student", layout.device)
@@ -77,6 +80,7 @@ def load_models(
         student = load_student(str(checkpoint), "")
     else:
         student = load_student(source, s.gguf_file)
+    give_template(student.tokenizer, config.data.chat_template)
     if s.gradient_checkpointing:
         checkpoint_gradients(student.model)
     teacher = reference = None
