@@ -5,11 +5,11 @@ PY    := $(VENV)/bin/python
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-slow verl vllm lint types format bench reproduce smollm2 wheel clean
+.PHONY: help demo test test-recipes test-slow verl vllm lint types format bench reproduce smollm2 wheel clean
 
 help:
 	@echo "make demo    OPD collapses, StableOPD does not: both, live, in a minute or two"
-	@echo "make test    the tests;  make lint, make types: the other checks"
+	@echo "make test    the tests;  make lint, make types: the other checks;  make test-recipes: the scripts of recipes and benchmarks"
 	@echo "make verl    the tests inside verl, in an environment of their own (.venv-verl, 2 GB)"
 	@echo "make vllm    the tests with real vLLM servers, from an environment of their own (.venv-vllm, 4 GB)"
 	@echo "make bench   the benchmarks beside TRL, in .venv-bench: an hour;  make smollm2: the recipe with a real language model"
@@ -31,7 +31,11 @@ demo: $(VENV)/.base
 
 # One thread a process: two cores give two processes more than they give one of two threads.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not verl and not vllm" $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not recipe and not slow and not verl and not vllm" $(TEST_FLAGS)
+
+# The scripts of recipes/ and benchmarks/, each in its smallest form.
+test-recipes: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "recipe and not slow" $(TEST_FLAGS)
 
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -m slow $(TEST_FLAGS)

@@ -16,6 +16,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import common  # noqa: E402
 import report  # noqa: E402
 
+pytestmark = pytest.mark.recipe
+
 # Rows of a quick run's tables, heads left out.
 ROWS = {
     "distillation_step": 8,

@@ -25,6 +25,8 @@ from stableopd.data.grading import grade
 from stableopd.types import DataError
 from tiny import make_llama, make_tokenizer, save_model
 
+pytestmark = pytest.mark.recipe
+
 
 @pytest.fixture(scope="module")
 def recipe():

@@ -18,6 +18,8 @@ import typer
 from openr1_parts import RECIPE, ROOT, run, scripts
 from stableopd import config
 
+pytestmark = pytest.mark.recipe
+
 PAIRS = ("1.5b-openthinker3", "1.5b-r1-distill", "7b-openthinker3")
 README = (RECIPE / "README.md").read_text()
 

@@ -34,6 +34,8 @@ from stableopd.models import load, require_same_tokenizer
 from stableopd.types import ModelError
 from tiny import CPU, END, EOS, VOCABULARY, files_in, make_llama, run_cli, save_model
 
+pytestmark = pytest.mark.recipe
+
 SIZES = {
     "run.steps": 2,
     "run.save_every": 2,

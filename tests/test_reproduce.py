@@ -36,6 +36,8 @@ import worlds  # noqa: E402
 from experiments import Arm  # noqa: E402
 from outcomes import Outcome  # noqa: E402
 
+pytestmark = pytest.mark.recipe
+
 
 def made(truncation, accuracy=(0.2, 0.5), seed=0, final=0.5, **metrics):
     """An outcome of made series: TruncRate from step 1 on, accuracy at even distances."""

