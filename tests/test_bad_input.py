@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import tiny
+from stableopd.training.devices import dtype_of
+from stableopd.types import ConfigError
 from tiny import EOS, V, make_llama, save_model, write_config, write_rows
 
 
@@ -217,6 +219,12 @@ def test_devices_and_trackers_that_are_not_there(refused, world):
     assert "run.trackers names 'trackio', which is not installed" in refused(
         write_config(world, run={"trackers": ["trackio"]})
     )
+
+
+def test_a_device_without_the_type():
+    with pytest.raises(ConfigError, match="float64"):
+        dtype_of("float64", "student", torch.device("mps"))
+    assert dtype_of("float64", "student", torch.device("cpu")) == torch.float64
 
 
 def test_a_folder_that_holds_a_run(refused, world):

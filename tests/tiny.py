@@ -12,7 +12,13 @@ from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 from transformers.utils import logging
 
 from stableopd import cli
@@ -66,6 +72,33 @@ def in_double(model: Any) -> Any:
     return model.double()
 
 
+def make_stable_lm(seed: int = 0, width: int = 32, sharp: float = 1.0):
+    """A random model that computes in float64 where its weights are: Llama's norms never do.
+
+    No bias of a key, whose gradient is nothing but rounding.
+    """
+    torch.manual_seed(seed)
+    rotary = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    settings = StableLmConfig(
+        vocab_size=V,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rope_parameters=rotary,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    model = StableLmForCausalLM(settings)
+    model.generation_config.eos_token_id = EOS
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharp)
+    return model.eval()
+
+
 def save_model(folder: Path, model: Any, tokenizer: Any = None) -> Path:
     """Write a model folder, without a progress bar on standard error."""
     logging.disable_progress_bar()
@@ -87,11 +120,11 @@ def sums(count: int = 20) -> list[dict[str, str]]:
     ]
 
 
-def make_world(folder: Path) -> Path:
+def make_world(folder: Path, make: Any = make_llama) -> Path:
     """Write student/, teacher/, train.jsonl and config.toml into a folder."""
     folder.mkdir(exist_ok=True)
-    save_model(folder / "student", make_llama(0, sharp=8))
-    save_model(folder / "teacher", make_llama(1, width=48, sharp=8))
+    save_model(folder / "student", make(0, sharp=8))
+    save_model(folder / "teacher", make(1, width=48, sharp=8))
     write_rows(folder / "train.jsonl", sums())
     write_config(folder)
     return folder

@@ -12,13 +12,16 @@ from stableopd.types import ConfigError
 if TYPE_CHECKING:
     from stableopd.config import Config
 
-__all__ = ["RAISING", "check"]
+__all__ = ["DTYPES", "RAISING", "check"]
+
+# Names of the types that weights may have; "auto" depends on the device.
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": ("auto", "cpu", "cuda", "mps"),
     "run.trackers": ("tensorboard", "wandb", "trackio"),
-    "student.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "student.dtype": DTYPES,
+    "teacher.dtype": DTYPES,
     "data.grader": ("exact", "math"),
     "rollout.engine": ("transformers", "vllm"),
     "objective.method": ("opd", "stable_opd", "sft", "grpo", "gkd"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stableopd.config_checks import DTYPES
 from stableopd.types import ConfigError
 
 __all__ = ["Settings", "check", "names_of"]
@@ -17,7 +18,7 @@ MAX_NEW_TOKENS = 4096
 
 CHOICES = {
     "--grader": ("auto", "math", "exact"),
-    "--dtype": ("auto", "float32", "bfloat16", "float16"),
+    "--dtype": DTYPES,
     "--device": ("auto", "cpu", "cuda", "mps"),
 }
 

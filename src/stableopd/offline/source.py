@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from stableopd.config import TeacherConfig
+from stableopd.config_checks import DTYPES
 from stableopd.config_servers import key_fault
 from stableopd.endpoint import Endpoint
 from stableopd.evaluate.loading import load_model
@@ -135,8 +136,8 @@ def _check(source: Source) -> None:
         raise ConfigError("--tokenizer and --api-key-env belong to a --url.")
     if source.urls and source.gguf_file:
         raise ConfigError("--gguf-file belongs to a model in this process, and not to a --url.")
-    if source.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {source.dtype}: choose from auto, float32, bfloat16, float16.")
+    if source.dtype not in DTYPES:
+        raise ConfigError(f"--dtype {source.dtype}: choose from {', '.join(DTYPES)}.")
 
 
 class LocalJudge:

@@ -19,6 +19,7 @@ from stableopd.types import ConfigError
 __all__ = ["Layout", "dtype_of", "lay_out", "make_accelerator", "require_one_process"]
 
 DTYPES = {
+    "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -162,7 +163,12 @@ def dtype_of(name: str, role: str, device: torch.device) -> torch.dtype:
 
     Returns:
         The type.
+
+    Raises:
+        ConfigError: The device has no such type.
     """
+    if name == "float64" and device.type == "mps":
+        raise ConfigError("dtype float64 does not exist on MPS; choose float32, or the CPU.")
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if role == "teacher" and device.type == "cuda" else torch.float32
