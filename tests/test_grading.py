@@ -6,9 +6,12 @@ import threading
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stableopd.data import grading
-from stableopd.data.grading import grade
+from stableopd.data.answers import final_text, last_box, letter_in, opens_thought, plain_math
+from stableopd.data.grading import grade, grader_of, judge
 from stableopd.types import DataError
 
 
@@ -43,7 +46,7 @@ def test_exact(completion, answer, marker, right):
         ("The answer is 41.", "42", False),
         ("$7$ is what I first had, but it is $8$", "8", True),
         ("$8$, but in the end it is $7$", "8", False),
-        ("\\boxed{8} or \\boxed{7}", "8", False),  # two boxes are one set of two answers
+        ("\\boxed{8} or \\boxed{7}", "8", False),  # joined, they are one set of two answers
         ("\\boxed{8} or \\boxed{7}", "\\{7, 8\\}", True),
         ("it costs 1,234", "1234", True),
         ("\\boxed{(1, 2)}", "(1, 2)", True),
@@ -60,6 +63,133 @@ def test_exact(completion, answer, marker, right):
 )
 def test_math(completion, answer, right):
     assert grade(completion, answer, "math", "") is right
+
+
+THOUGHT = "<think>\nFirst I get \\boxed{4}, but wait, that forgets the pears.\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        # Only what follows the thought counts, and a thought that does not end is no answer.
+        (THOUGHT + "\\boxed{9}", "9", True),
+        (THOUGHT + "The answer is 9.", "9", True),
+        (THOUGHT + "The answer is 9.", "4", False),
+        (THOUGHT + "**9**", "9", True),
+        ("It may be \\boxed{4}.</think>\\boxed{9}", "9", True),
+        ("[THINK]\\boxed{4}[/THINK]9", "9", True),
+        ("<think>\nMaybe \\boxed{4}. Now I check it once more, since", "4", False),
+        (THOUGHT + "\\boxed{9}<think>or \\boxed{8}", "8", False),
+        # The last box, whatever stands a little before it.
+        ("First \\boxed{5}. I made a slip; the result is \\boxed{7}.", "7", True),
+        ("First \\boxed{5}. I made a slip; the result is \\boxed{7}.", "5", False),
+        ("Then $a=\\boxed{2}$ and the total is \\boxed{9}.", "9", True),
+        ("$\\boxed{5}$, $\\boxed{7}$", "\\{5, 7\\}", True),
+        ("\\boxed{5} \\text{ and } \\boxed{7}", "5, 7", True),
+        ("\\boxed{5} so \\boxed{}", "5", True),
+        ("\\boxed{5} or rather \\boxed{6", "5", True),
+        ("\\boxed{\\boxed{5}}", "5", True),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}", True),
+        # Money and other ways to write a number.
+        ("\\boxed{\\$18.90}", "\\$18.90", True),
+        ("\\boxed{18.90}", "\\$18.90", True),
+        ("\\boxed{18.91}", "\\$18.90", False),
+        ("\\boxed{18.90}", "$18.90", True),
+        ("\\boxed{18.90}", "$\\$18.90$", True),
+        ("It costs \\$18.90.", "\\$18.90", True),
+        ("\\boxed{32348}", "\\$32{,}348", True),
+        ("\\boxed{\\$32{,}348}", "32,348", True),
+        ("\\boxed{32\\,348}", "32348", True),
+        ("\\boxed{1e5}", "100000", True),
+        ("\\boxed{100000}", "1e5", True),
+        ("The answer is 1.5e3.", "1500", True),
+        ("\\boxed{1e-9}", "10^{-9}", True),
+        ("\\boxed{1e-9}", "2e-9", False),
+        ("\\boxed{6.022e23}", "6.022 \\times 10^{23}", True),
+        ("\\boxed{2e^{3}}", "2e^3", True),
+        # A formula without dollars is read in full.
+        ("The answer is 1 - \\sqrt{2}", "1", False),
+        ("The answer is 1 - \\sqrt{2}.", "1 - \\sqrt{2}", True),
+        ("The answer is about \\frac{1}{2} of it.", "0.5", True),
+        # Choices and dates.
+        ("The answer is (C).", "C", True),
+        ("The answer is (C).", "D", False),
+        ("The answer is A", "A", True),
+        ("The answer is **(B) 12**", "B", True),
+        ("A is wrong.\n\n**C**", "(C)", True),
+        ("\\boxed{\\textbf{(C) } 42}", "C", True),
+        ("\\boxed{A, B}", "A", False),
+        ("A cat is a C student", "C", False),
+        ("\\boxed{2025-01-03}", "2025-03-01", False),
+        ("\\boxed{2025-3-1}", "2025-03-01", True),
+        ("It was on 2025-03-01.", "2025-03-01", True),
+        ("\\boxed{2021}", "2025-03-01", False),
+        ("\\boxed{2025-03-01}", "2021", False),
+    ],
+)
+def test_math_reads_what_a_reader_reads(completion, answer, right):
+    assert grade(completion, answer, "math", "") is right
+
+
+def test_a_thought_that_the_prompt_began():
+    assert opens_thought("<|assistant|>\n<think>\n")
+    assert not opens_thought("<|assistant|>\n<think>\n\n</think>\n\n")
+    assert not grade("It is \\boxed{4}, but", "4", "math", "", is_thinking=True)
+    assert grade("It is 5.</think>\\boxed{4}", "4", "math", "", is_thinking=True)
+    assert not grade("#### 4", "4", "exact", "####", is_thinking=True)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "grader", "marker", "is_found"),
+    [
+        ("so it is #### 5", "4", "exact", "####", True),
+        ("so it is 5", "4", "exact", "####", False),
+        ("<think>#### 5", "4", "exact", "####", False),
+        ("so it is 5", "4", "math", "", True),
+        ("I do not know.", "4", "math", "", False),
+        ("<think>so it is 5", "4", "math", "", False),
+        ("I do not know.", "2025-03-01", "math", "", False),
+    ],
+)
+def test_whether_there_is_an_answer_at_all(completion, answer, grader, marker, is_found):
+    found = judge(completion, answer, grader, marker)
+    assert (found.is_right, found.is_found) == (False, is_found)
+
+
+def test_auto_grades_by_what_is_given():
+    assert grader_of("auto", "", "problems.jsonl") == ("math", "")
+    assert grader_of("auto", "####", "problems.jsonl") == ("exact", "####")
+    assert grader_of("auto", "", "embedded") == ("exact", ";#")
+    assert grader_of("exact", "", "problems.jsonl") == ("exact", "")
+
+
+@pytest.mark.parametrize("part", ["\\boxed{", "{", "\\boxed{1}, ", "1e5 ", "**C "])
+def test_boxes_are_found_in_linear_time(part):
+    text = part * 40_000
+    began = time.monotonic()
+    last_box(text)
+    plain_math(text)
+    final_text("answer " * 10_000 + text)
+    letter_in("answer is " * 10_000 + text)
+    assert time.monotonic() - began < 2
+
+
+LATEX = st.text("\\boxed{}$()<think>/0123456789e.,-^_ aC\n\x00é", max_size=60)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(completion=LATEX, answer=LATEX)
+def test_no_text_breaks_the_grader(completion, answer):
+    before = grading._CHILD._process
+    judge(completion, answer, "math", "")
+    judge(completion, answer, "exact", "$")
+    assert grading._CHILD._process is before or before is None  # it did not have to be killed
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.decimals(-(10**9), 10**9, places=3) | st.integers(-(10**12), 10**12))
+def test_plain_numbers_are_right_against_themselves(number):
+    assert grade(f"\\boxed{{{number}}}", str(number), "math", "")
 
 
 def test_math_compares_the_prediction_with_the_gold_and_not_the_reverse():

@@ -91,6 +91,7 @@ def evaluate(
     grader: str,
     marker: str,
     repetition: RepetitionConfig,
+    thinking: Sequence[bool] = (),
 ) -> Evaluation:
     """Let the student answer problems, grade the answers, and measure the texts.
 
@@ -104,6 +105,7 @@ def evaluate(
         grader: "exact" or "math", see `stableopd.data.grading.grade`.
         marker: What stands before the answer, for "exact".
         repetition: Window in characters and compression ratio of the repetition rate.
+        thinking: For each prompt, whether it has begun a thought; () where none has.
 
     Returns:
         The measurements, in shares and tokens.
@@ -117,7 +119,8 @@ def evaluate(
     rows: list[EvaluationRow] = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         own = rollouts[number * num_samples : (number + 1) * num_samples]
-        right = sum(grade(rollout.completion, answer, grader, marker) for rollout in own)
+        in_thought = bool(thinking) and thinking[number]
+        right = sum(grade(r.completion, answer, grader, marker, in_thought) for r in own)
         rows.append(EvaluationRow(prompt.id, right))
     shares = [row.num_correct / num_samples for row in rows]
     return Evaluation(

@@ -19,32 +19,67 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from stableopd.data import answers
 from stableopd.types import DataError
 
-__all__ = ["Grade", "grade", "judge"]
+__all__ = ["Grade", "grade", "grader_of", "judge"]
 
 # The child limits each parse and each comparison itself; the parent kills it when that fails.
 SOFT_SECONDS = 2
 HARD_SECONDS = 8.0
 START_SECONDS = 120.0
+# What the child says of an answer.
+RIGHT, WRONG, NONE = b"1\n", b"0\n", b"none\n"
 MEMORY_BYTES = 4 * 2**30  # a tower of powers must not take the memory of the training
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What came of an answer; one that took too long is not right."""
+    """What came of an answer; one that took too long is not right.
+
+    Attributes:
+        is_right: Whether it is the right one.
+        is_late: Whether its time ran out.
+        is_found: Whether there is an answer in the text at all.
+    """
 
     is_right: bool
     is_late: bool = False
+    is_found: bool = True
 
 
-def grade(completion: str, answer: str, grader: str, marker: str) -> bool:
+def grader_of(grader: str, marker: str, source: str) -> tuple[str, str]:
+    """Which grader a setting stands for, for a data set.
+
+    Args:
+        grader: "auto", "math" or "exact". "auto" is "exact" for the embedded problems and where a
+            marker is given, else "math".
+        marker: What stands before the answer, for "exact".
+        source: The data set, as `load_prompts` takes it.
+
+    Returns:
+        "math" or "exact", and the marker.
+    """
+    if grader == "auto" and source == "embedded":
+        from stableopd.data.arithmetic import ANSWER_MARKER
+
+        return "exact", ANSWER_MARKER
+    if grader == "auto":
+        return ("exact" if marker else "math"), marker
+    return grader, marker
+
+
+def grade(
+    completion: str, answer: str, grader: str, marker: str, is_thinking: bool = False
+) -> bool:
     r"""Whether the answer in a completion is right.
 
-    "exact" compares the text after the last marker, without the white space around it; without the
-    marker a completion is wrong. "math" compares the last box, formula or number by its value, so
-    that 1/2 is 0.5; boxes that stand close together count as one set of answers. An answer that
-    math-verify does not understand within seconds is wrong.
+    The text after the thought counts; a thought that does not end is no answer. "exact" compares
+    the text after the last marker, without the white space around it; without the marker a
+    completion is wrong. "math" compares the last box, formula or number by its value, so that 1/2
+    is 0.5; boxes that only a comma, an "and" or an "or" joins are one set of answers. Letters of a
+    choice and dates are compared as such. An answer that math-verify does not understand within
+    seconds is wrong.
 
     Args:
         completion: The completion as text.
@@ -52,6 +87,7 @@ def grade(completion: str, answer: str, grader: str, marker: str) -> bool:
         grader: "exact" or "math".
         marker: What stands before the answer, such as "####"; "" compares the whole completion.
             "math" does not use it.
+        is_thinking: Whether the prompt has begun a thought already, see `answers.opens_thought`.
 
     Returns:
         True where the answer is right.
@@ -59,11 +95,16 @@ def grade(completion: str, answer: str, grader: str, marker: str) -> bool:
     Raises:
         DataError: The grader is unknown, or math-verify cannot be started.
     """
-    return judge(completion, answer, grader, marker).is_right
+    return judge(completion, answer, grader, marker, is_thinking=is_thinking).is_right
 
 
 def judge(
-    completion: str, answer: str, grader: str, marker: str, time_limit: float | None = None
+    completion: str,
+    answer: str,
+    grader: str,
+    marker: str,
+    time_limit: float | None = None,
+    is_thinking: bool = False,
 ) -> Grade:
     """Grade a completion as `grade` does, and tell whether its time ran out.
 
@@ -75,21 +116,25 @@ def judge(
         time_limit: Seconds that math-verify has for this one, parsing and comparing together; None
             limits each part by itself, and tells an answer that is late from one that is wrong
             only where its whole process had to be killed.
+        is_thinking: Whether the prompt has begun a thought already.
 
     Returns:
-        Whether it is right, and whether it was late.
+        Whether it is right, whether it was late, and whether there was one.
 
     Raises:
         DataError: The grader is unknown, or math-verify cannot be started.
     """
-    if grader == "math":
-        return _CHILD.ask(completion, answer, time_limit)
-    if grader != "exact":
+    if grader not in ("exact", "math"):
         raise DataError(f"data.grader = {grader!r} is not possible; choose from exact, math.")
-    if marker not in completion:
-        return Grade(False)
-    text = completion.rpartition(marker)[2] if marker else completion
-    return Grade(text.strip() == answer.strip())
+    said = answers.after_thought(completion, is_thinking)
+    if not said.strip():
+        return Grade(False, is_found=False)
+    if grader == "math":
+        return _CHILD.ask(said, answer, time_limit)
+    if marker not in said:
+        return Grade(False, is_found=False)
+    text = said.rpartition(marker)[2] if marker else said
+    return Grade(text.strip() == answer.strip(), is_found=bool(text.strip()))
 
 
 class _Child:
@@ -107,7 +152,7 @@ class _Child:
                 self._start()
             question = json.dumps([completion, answer, soft]).encode("ascii") + b"\n"
             reply, is_late = self._exchange(question, time_limit or HARD_SECONDS)
-        return Grade(reply == b"1\n", is_late)
+        return Grade(reply == RIGHT, is_late, reply in (RIGHT, WRONG))
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -197,29 +242,64 @@ def _serve() -> None:
     replies.write(b"ready\n")
     replies.flush()
     for line in sys.stdin.buffer:
-        completion, answer, soft_limit = json.loads(line)
-        replies.write(b"1\n" if _equal(completion, answer, soft_limit) else b"0\n")
+        replies.write(_answer(*json.loads(line)))
         replies.flush()
 
 
-def _equal(completion: str, answer: str, soft_limit: int | None) -> bool:
-    from math_verify import verify
+def _answer(completion: str, answer: str, soft_limit: int | None) -> bytes:
+    """Whether the text that follows the thought gives the answer."""
     from math_verify.errors import TimeoutException
 
     try:
-        target = _parse(completion, soft_limit)
-        if not target:
-            return False
-        return verify(_parse_gold(answer, soft_limit), target, timeout_seconds=soft_limit)
-    except (Exception, TimeoutException):  # whatever a model wrote: not understood is not right
-        return False
+        is_right = _equal(completion, answer, soft_limit)
+    except (Exception, TimeoutException):  # not understood is not right, whatever a model wrote
+        return WRONG
+    return NONE if is_right is None else RIGHT if is_right else WRONG
+
+
+def _equal(said: str, answer: str, soft_limit: int | None) -> bool | None:
+    """The same as a truth value; None where there is no answer in the text."""
+    from math_verify import verify
+
+    boxes = answers.last_box(said)
+    gold = answers.last_box(answer) or (answer,)
+    if len(gold) == 1 and (letter := _only_letter(gold[0])):
+        found = answers.letter_of(boxes[-1]) if boxes else answers.letter_in(said)
+        if found:
+            return found == letter
+    if len(gold) == 1 and (date := answers.date_in(gold[0], is_all=True)):
+        found = answers.date_in(boxes[-1], is_all=True) if boxes else answers.date_in(said)
+        return found == date if found or boxes else None
+    if boxes and answers.date_in(boxes[-1], is_all=True):
+        return False  # to math-verify 2025-01-03 is a difference
+    target = _parse(_boxed(boxes) if boxes else answers.final_text(said), soft_limit)
+    if not target:
+        return None
+    return verify(_parse_gold(answer, soft_limit), target, timeout_seconds=soft_limit)
+
+
+def _only_letter(answer: str) -> str | None:
+    """The letter of an answer that is one choice, such as C or (C), and nothing else."""
+    bare = answer.strip().strip("$").strip()
+    return answers.letter_of(bare) if answers.is_letter(bare) else None
+
+
+def _boxed(boxes: tuple[str, ...]) -> str:
+    # A box is mathematics by itself: dollars in it are of money, or change nothing.
+    plain = [answers.plain_math(box).replace("$", "") for box in boxes]
+    return " or ".join(f"\\boxed{{{box}}}" for box in plain)
 
 
 def _parse_gold(answer: str, soft_limit: int | None) -> list[Any]:
     # A bare answer such as \frac{1}{2} or (1, 2) is found as a formula only between delimiters.
-    delimited = any(mark in answer for mark in ("$", "\\boxed", "\\(", "\\["))
-    text = answer if delimited else f"${answer}$"
-    return _parse(text, soft_limit) or _parse(answer, soft_limit)
+    if boxes := answers.last_box(answer):
+        return _parse(_boxed(boxes), soft_limit)
+    bare = answers.plain_math(answer)
+    if bare.count("$") == 1:  # of money
+        bare = bare.replace("$", "")
+    delimited = any(mark in bare for mark in ("$", "\\(", "\\["))
+    text = bare if delimited else f"${bare}$"
+    return _parse(text, soft_limit) or _parse(bare, soft_limit)
 
 
 def _parse(text: str, soft_limit: int | None) -> list[Any]:
@@ -227,7 +307,7 @@ def _parse(text: str, soft_limit: int | None) -> list[Any]:
 
     # A value of None turns the limit off, also where there is no SIGALRM; the parent's remains.
     limit: Any = soft_limit
-    return parse(text, parsing_timeout=limit)
+    return parse(answers.plain_math(text), parsing_timeout=limit)
 
 
 if __name__ == "__main__":

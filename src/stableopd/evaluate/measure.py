@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from stableopd.data.answers import opens_thought
 from stableopd.data.grading import judge
 from stableopd.data.prompts import render
 from stableopd.diagnostics.repetition import repetition_flags
@@ -78,7 +79,10 @@ def _row(
 ) -> dict[str, Any]:
     assert prompt.answer is not None
     completions = [rollout.completion for rollout in rollouts]
-    grades = [judge(c, prompt.answer, *grader, settings.time_limit) for c in completions]
+    is_thinking = opens_thought(text)
+    grades = [
+        judge(c, prompt.answer, *grader, settings.time_limit, is_thinking) for c in completions
+    ]
     flags = repetition_flags(completions, settings.window_chars, settings.ratio)
     return {
         "id": prompt.id,
