@@ -80,7 +80,7 @@ def test_the_table(capsys, monkeypatch):
     assert err == ""
     assert "Before a run: student embedded, teacher embedded" in out
     assert "Fix: use objective.method" in out
-    assert out.splitlines()[-1] == "0 FAIL, 2 WARN, 20 OK"
+    assert out.splitlines()[-1] == "0 FAIL, 2 WARN, 22 OK"
 
 
 def test_a_configuration_and_what_a_run_leaves_behind(capsys, world):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import tiny
 from stableopd import config as configuration
-from stableopd.config import DataConfig, RepetitionConfig
+from stableopd.config import RepetitionConfig
 from stableopd.doctor import behaviour, lessons, tokens
 from stableopd.doctor.scoring import TokenScores
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import StopLogps, plan_stops
+from stableopd.training.answer_checks import failing_answers, golden_answers, known_answers
 from stableopd.types import Message, Prompt, Rollout, SamplingSettings, StopReason
 from tiny import VOCABULARY, V, make_llama, make_tokenizer
 
@@ -172,13 +174,70 @@ class TestLessons:
         assert check.numbers["fitting_share"] == pytest.approx(with_solution / 3)
 
     def test_golden_answers(self):
-        data = DataConfig(answer_marker="#")
+        marked = ("exact", "#")
         right, wrong = Prompt("a", "1", "so #7", "7"), Prompt("b", "1", "so #", "7")
-        assert only(lessons.golden_answers([right] * 9 + [wrong], data)).level == "OK"
-        check = lessons.golden_answers([right] * 8 + [wrong] * 2, data)
+        finding, _ = golden_answers([right] * 9 + [wrong], marked)
+        assert finding.level == "OK"
+        finding, numbers = golden_answers([right] * 8 + [wrong] * 2, marked)
+        assert finding.level == "WARN"
+        assert numbers == {"num_graded": 10, "right_share": 0.8}
+        assert golden_answers([Prompt("c", "1", "2")], marked) is None
+
+    @pytest.mark.parametrize(
+        ("solution", "grader", "fix"),
+        [
+            ("so \\boxed{7}", ("exact", ""), 'data.grader = "math"'),
+            ("it is 8 - 1\n#### 7", ("exact", ""), 'data.grader = "math"'),
+            ("it is 7 or 8\n#### seven", ("math", ""), 'data.answer_marker = "####"'),
+            ("who knows", ("exact", ""), "data.answer"),
+        ],
+    )
+    def test_the_grader_that_would_do_is_named(self, solution, grader, fix):
+        answer = "seven" if "seven" in solution else "7"
+        finding, _ = golden_answers([Prompt("a", "1", solution, answer)], grader)
+        assert finding.level == "WARN"
+        assert fix in finding.fix
+
+    def test_a_solution_that_continues_the_thought_of_its_prompt(self):
+        prompts = [Prompt("a", "1", "let me see</think>7", "7"), Prompt("b", "1", "it is 7", "7")]
+        _, numbers = golden_answers(prompts, ("math", ""), [True, True])
+        assert numbers["right_share"] == 0.5
+
+    def test_right_answers_are_graded_against_themselves(self):
+        answers = ("7", "\\$18.90", "}{", "7")
+        prompts = [Prompt(str(i), "1", None, answer) for i, answer in enumerate(answers)]
+        found = failing_answers(prompts, ("math", ""))
+        assert (found.num_graded, found.num_answers) == (4, 4)
+        assert [p.id for p in found.failing] == ["2"]
+        finding = known_answers(prompts, ("math", ""))
+        assert finding.level == "WARN"
+        assert "'}{' of 2" in finding.message
+        assert known_answers(prompts[:2], ("math", "")).level == "OK"
+        assert known_answers([Prompt("a", "1")], ("math", "")) is None
+        # The marker within the answer: what follows the last one is never all of it.
+        assert len(failing_answers([Prompt("a", "1", None, "so #7")], ("exact", "#")).failing) == 1
+
+    def test_right_answers_that_take_long_are_not_all_looked_at(self):
+        prompts = [Prompt(str(i), "1", None, f"x + {i}") for i in range(50)]
+        found = failing_answers(prompts, ("math", ""), seconds=0.0)
+        assert found.num_graded < found.num_answers == 50
+        assert not found.failing
+
+    def test_the_teachers_own_answers(self):
+        prompts = [Prompt(str(i), "1", None, "7") for i in range(4)]
+        patient = SimpleNamespace(
+            prompts=prompts,
+            prompt_ids=[(3,)] * 4,
+            student=SimpleNamespace(tokenizer=make_tokenizer()),
+            config=parsed(data={"train": "x.jsonl", "grader": "math"}),
+        )
+        told = [dataclasses.replace(rollout("ab"), completion=c) for c in ("7", "8", "?", "no")]
+        check = lessons.teacher_answers(patient, range(4), told)
         assert only(check).level == "WARN"
-        assert check.numbers == {"num_graded": 10, "right_share": 0.8}
-        assert lessons.golden_answers([Prompt("c", "1", "2")], data).findings == ()
+        assert check.numbers == {"num_graded": 4, "num_right": 1, "num_without_answer": 2}
+        check = lessons.teacher_answers(patient, [0, 1], told[:2])
+        assert only(check).level == "OK"
+        assert check.numbers["num_without_answer"] == 0
 
 
 class TestBehaviour:

@@ -77,7 +77,7 @@ class DataConfig:
     chat_template: str = "auto"  # "auto", "none", or a file with a Jinja template
     # Variables for the template, such as {enable_thinking = false}.
     chat_template_kwargs: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
-    grader: str = "exact"
+    grader: str = "auto"  # exact with an answer_marker, else math; the embedded data: exact
     answer_marker: str = ""  # exact: the text after the last marker is compared; "" compares all
 
 

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.trackers": ("tensorboard", "wandb", "trackio"),
     "student.dtype": DTYPES,
     "teacher.dtype": DTYPES,
-    "data.grader": ("exact", "math"),
+    "data.grader": ("auto", "exact", "math"),
     "rollout.engine": ("transformers", "vllm"),
     "objective.method": ("opd", "stable_opd", "sft", "grpo", "gkd"),
     "objective.reference_kl": ("exact", "k1", "k2", "k3"),
@@ -224,9 +224,10 @@ def _run_rules(config: Config) -> list[tuple[bool, str]]:
         (not config.run.output, "run.output is empty; give the folder of the run."),
         (
             "embedded" in (config.data.train, config.eval.data)
-            and (config.data.grader, config.data.answer_marker) != ("exact", ";#"),
-            'the embedded world writes its answers behind ";#"; set data.answer_marker = ";#" and '
-            'data.grader = "exact".',
+            and (config.data.grader, config.data.answer_marker)
+            not in (("auto", ";#"), ("exact", ";#")),
+            'the embedded world writes its answers after ";#"; set data.answer_marker = ";#", and '
+            "leave data.grader out.",
         ),
         (
             not config.student.model,

@@ -27,9 +27,10 @@ NUM_TEXTS = 16
 ORDER = (
     "tokenizers", "round trip", "vocabulary", "stop ids", "stop scoring", "stop log-probs",
     "pad id", "chat tokens", "chat template", "sampling", "prompts", "context",
-    "golden solutions", "golden length", "golden answers", "golden stop label", "golden ends",
+    "golden solutions", "golden length", "right answers", "golden answers", "golden stop label",
+    "golden ends",
     "rollouts", "truncation", "repetition", "RepRate window", "teacher rollouts",
-    "overlap", "loops", "memory", "teacher",
+    "teacher answers", "overlap", "loops", "memory", "teacher",
 )  # fmt: skip
 
 
@@ -226,9 +227,7 @@ def _golden(case: _Case) -> tuple[list[Sequence], list[tuple[str, Check]]]:
     encoded, refused = lessons.encode_solutions(patient.prompts, tokenizer, case.plan)
     given = patient.settings.is_given
     checks = [lessons.solutions(patient.prompts, encoded, refused, config, given)]
-    # The default grader is as good as none: it compares the whole completion.
-    if config.data.grader != "exact" or config.data.answer_marker:
-        checks.append(lessons.golden_answers(patient.prompts, config.data))
+    checks += lessons.grading(patient)
     sequences = [Sequence(patient.prompt_ids[i], ids, True, i) for i, ids in encoded]
     return sequences, [("golden", check) for check in checks]
 
@@ -297,7 +296,8 @@ def _repetition(case: _Case, rollouts: Many[Rollout], seconds: float) -> list[tu
         return [*checks, ("", _said("teacher rollouts", message))]
     written = case.write(teacher, case.stop_ids)
     check = behaviour.teacher_rollouts(written, rollouts, used, case.room)
-    return [*checks, ("teacher", check)]
+    answers = lessons.teacher_answers(case.patient, case.places, written)
+    return [*checks, ("teacher", check), ("teacher", answers)]
 
 
 def _loops(case: _Case, rollouts: Many[Rollout], golden: Many[Sequence]) -> Check:

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING
 
-from stableopd.config import Config, DataConfig
+from stableopd.config import Config
+from stableopd.data.answers import begin_thoughts
 from stableopd.data.golden import encode_golden
-from stableopd.data.grading import grade
+from stableopd.data.grading import grader_of, judge
 from stableopd.doctor.patient import MAX_ROWS, Check, Patient
 from stableopd.rollout.stops import Finding, StopPlan
-from stableopd.types import DataError, Prompt
+from stableopd.training.answer_checks import golden_answers, known_answers
+from stableopd.types import DataError, Prompt, Rollout, StopReason
 
-__all__ = ["contexts", "encode_solutions", "golden_answers", "prompt_lengths", "solutions"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-MAX_GRADED = 64  # the grader for mathematics asks another process about each
-RIGHT_SHARE = 0.9  # design: a tenth of wrong golden solutions is more than a few outliers
+__all__ = [
+    "contexts",
+    "encode_solutions",
+    "grading",
+    "prompt_lengths",
+    "solutions",
+    "teacher_answers",
+]
+
+
+LOST_SHARE = 0.5  # untuned: of a few answers, more than an accident
 
 
 def prompt_lengths(patient: Patient) -> Check:
@@ -178,34 +191,63 @@ def solutions(
     return Check((Finding("OK", name, f"{message}."),), numbers)
 
 
-def golden_answers(prompts: Many[Prompt], data: DataConfig) -> Check:
-    """Whether golden solutions are graded correct, as rollouts will be graded.
+def grading(patient: Patient) -> list[Check]:
+    """What the grader makes of right answers and of golden solutions.
 
     Args:
-        prompts: Prompts; the first `MAX_GRADED` with a solution and an answer are graded.
-        data: Grader and marker.
+        patient: Prompts and settings.
 
     Returns:
-        WARN where many are not: the marker is wrong, or solutions were cut off before the answer.
-        Nothing where no prompt has both.
+        The checks that `train` makes, too; none where no prompt has an answer.
     """
-    both = [(p.solution, p.answer) for p in prompts if p.solution and p.answer][:MAX_GRADED]
-    if not both:
+    prompts = patient.prompts
+    grader, thinking = _grader(patient), begin_thoughts(patient.prompt_ids, _tokenizer(patient))
+    checks: list[Check] = []
+    if (known := known_answers(prompts, grader)) is not None:
+        checks.append(Check((known,)))
+    if (solutions := golden_answers(prompts, grader, thinking)) is not None:
+        checks.append(Check((solutions[0],), solutions[1]))
+    return checks
+
+
+def teacher_answers(patient: Patient, places: Many[int], rollouts: Many[Rollout]) -> Check:
+    """Whether the teacher's own answers are right, and in a form that the grader can read.
+
+    Args:
+        patient: Prompts and settings.
+        places: The prompts that it answered.
+        rollouts: Its answer to each.
+
+    Returns:
+        WARN where the grader finds no answer in many of them; nothing without right answers.
+    """
+    grader, thinking = _grader(patient), begin_thoughts(patient.prompt_ids, _tokenizer(patient))
+    grades = [
+        judge(r.completion, answer, *grader, is_thinking=thinking[i])
+        for i, r in zip(places, rollouts, strict=True)
+        if (answer := patient.prompts[i].answer)
+    ]
+    if not grades:
         return Check()
-    right = sum(grade(s, a, data.grader, data.answer_marker) for s, a in both)
-    share = right / len(both)
-    message = f"{right} of {len(both)} golden solutions are graded correct"
-    numbers = {"num_graded": len(both), "right_share": share}
-    if share >= RIGHT_SHARE:
-        return Check((Finding("OK", "golden answers", f"{message}."),), numbers)
-    return Check(
-        (
-            Finding(
-                "WARN",
-                "golden answers",
-                f"{message}: rollouts will be graded wrong too, or solutions were cut off.",
-                "check data.grader, data.answer_marker and the ends of the solutions.",
-            ),
-        ),
-        numbers,
+    right, lost = sum(g.is_right for g in grades), sum(not g.is_found for g in grades)
+    numbers = {"num_graded": len(grades), "num_right": right, "num_without_answer": lost}
+    message = (
+        f"{right} of {len(grades)} answers of the teacher are graded correct; in {lost} the "
+        f"grader ({grader[0]}) finds no answer"
     )
+    if lost < LOST_SHARE * len(grades):
+        return Check((Finding("OK", "teacher answers", f"{message}."),), numbers)
+    num_cut = sum(r.stop_reason is StopReason.LENGTH for r in rollouts)
+    message += f" ({num_cut} of its {len(rollouts)} completions are cut off)"
+    fix = "raise rollout.max_new_tokens if they are cut off, else check data.grader and "
+    fix += "data.answer_marker, or ask for the form of the answer in the prompts."
+    return Check((Finding("WARN", "teacher answers", f"{message}.", fix),), numbers)
+
+
+def _grader(patient: Patient) -> tuple[str, str]:
+    data = patient.config.data
+    return grader_of(data.grader, data.answer_marker, data.train)
+
+
+def _tokenizer(patient: Patient) -> PreTrainedTokenizerBase:
+    return patient.student.tokenizer

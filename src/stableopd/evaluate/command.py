@@ -13,9 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from stableopd import embedded, models
-from stableopd.config import Config, DataConfig, load
+from stableopd import models
+from stableopd.config import DataConfig
 from stableopd.config_templates import told_template
+from stableopd.data.grading import grader_of
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.data.templates import give_template
 from stableopd.evaluate.loading import load_model
@@ -26,6 +27,7 @@ from stableopd.models import LanguageModel
 from stableopd.rollout.sampler import TransformersSampler
 from stableopd.rollout.stops import stop_ids_of
 from stableopd.terminal import table
+from stableopd.training.answer_checks import failing_answers
 from stableopd.training.devices import dtype_of, make_accelerator, require_one_process
 from stableopd.types import ConfigError, Prompt
 
@@ -88,6 +90,7 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
         for name, of in sets.items()
     }
     store = Store(output, decided, told)
+    _try_graders(store, sets, console)
     ids = stop_ids_of(model.model, model.tokenizer)
     vocabulary = models.shared_vocabulary(model, None)
     sampler = TransformersSampler(
@@ -120,14 +123,7 @@ def _read(source: str, settings: Settings) -> _Set:
         needs_answer=True,
         max_rows=settings.max_problems,
     )
-    if source == "embedded" and settings.grader == "auto":
-        return _Set(source, prompts, ("exact", _demo().data.answer_marker))
-    grader = "math" if settings.grader == "auto" else settings.grader
-    return _Set(source, prompts, (grader, settings.answer_marker))
-
-
-def _demo() -> Config:
-    return load(embedded.path("demo"))
+    return _Set(source, prompts, grader_of(settings.grader, settings.answer_marker, source))
 
 
 def _encode(
@@ -139,6 +135,15 @@ def _encode(
         name: encode_prompts(of.prompts, model.tokenizer, template, 2**62, None, 0, kwargs)
         for name, of in sets.items()
     }
+
+
+def _try_graders(store: Store, sets: Mapping[str, _Set], console: Console) -> None:
+    """Say which right answers the grader does not understand, before problems are answered."""
+    for name, of in sets.items():
+        if len(store.rows(name)) < len(of.prompts):
+            found = failing_answers(of.prompts, of.grader)
+            if found.failing:
+                console.print(f"{name}: {found}.", highlight=False, markup=False)
 
 
 def _budget(encoded: Mapping[str, Sequence[tuple[int, ...]]], model: LanguageModel) -> int:

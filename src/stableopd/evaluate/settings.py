@@ -39,7 +39,7 @@ class Settings:
         max_problems: Problems of each data set, from its beginning; 0 takes all.
         seed: Of sampling.
         batch_size: Completions generated at once.
-        grader: "math", "exact", or "auto": exact for the embedded problems, else math.
+        grader: "math", "exact", or "auto", see `stableopd.data.grading.grader_of`.
         answer_marker: What stands before the answer, for "exact".
         chat_template: "auto" puts prompts through the tokenizer's chat template, where it has one;
             "none" does not; the path of a file takes the template from there.

@@ -16,10 +16,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import track
 
-from stableopd import embedded
-from stableopd.config import DataConfig, load
+from stableopd.config import DataConfig
 from stableopd.config_templates import read_template, told_template
-from stableopd.data.grading import grade
+from stableopd.data.grading import grade, grader_of
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.data.templates import give_template
 from stableopd.evaluate.store import fingerprint
@@ -28,6 +27,7 @@ from stableopd.offline.journal import Journal
 from stableopd.offline.source import Opened, Source, open_source
 from stableopd.rollout.sampler import TransformersSampler
 from stableopd.runfolder.files import json_line, write_bytes
+from stableopd.training.answer_checks import failing_answers
 from stableopd.types import (
     ConfigError,
     DataError,
@@ -53,7 +53,7 @@ class Asked:
         max_new_tokens: Longest answer.
         seed: Of sampling.
         batch_size: Answers that a local teacher writes at once.
-        grader: "math", "exact", or "auto": exact for the embedded problems, else math.
+        grader: "math", "exact", or "auto", see `stableopd.data.grading.grader_of`.
         answer_marker: What stands before the answer, for "exact".
         chat_template: "auto" puts prompts through the teacher's chat template; "none" does not;
             the path of a file takes the template from there.
@@ -114,8 +114,10 @@ def run_golden(source: Source, data: str, output: Path, asked: Asked) -> int:
         needs_answer=asked.is_verified,
         max_rows=asked.max_problems,
     )
-    grader = _grader(asked, data)
+    grader = grader_of(asked.grader, asked.answer_marker, data)
     teacher = open_source(source, "golden")
+    if asked.is_verified and (found := failing_answers(prompts, grader)).failing:
+        Console(stderr=True).print(f"{data}: {found}.", highlight=False, markup=False)
     settings = {
         "command": "golden",
         "teacher": teacher.name,
@@ -164,12 +166,6 @@ def _check(asked: Asked) -> None:
             f"--temperature 0 writes the same answer {asked.num_samples} times; give -k 1 or a "
             "temperature above 0."
         )
-
-
-def _grader(asked: Asked, data: str) -> tuple[str, str]:
-    if asked.grader == "auto" and data == "embedded":
-        return "exact", load(embedded.path("demo")).data.answer_marker
-    return ("math" if asked.grader == "auto" else asked.grader), asked.answer_marker
 
 
 def _write_all(

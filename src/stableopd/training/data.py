@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stableopd.config import Config
+from stableopd.data.answers import begin_thoughts
 from stableopd.data.golden import golden_sequences, num_too_long
+from stableopd.data.grading import grader_of
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import StopPlan
@@ -21,11 +23,21 @@ __all__ = ["Problems", "load_held_out", "load_train"]
 
 @dataclass(frozen=True)
 class Problems:
-    """Prompts with their token ids, and the golden solution of each where there is one."""
+    """Prompts with their token ids, and the golden solution of each where there is one.
+
+    Attributes:
+        prompts: The prompts.
+        prompt_ids: Token ids of each.
+        golden: The golden solution of each, or None.
+        grader: "math" or "exact", and the marker before the answer.
+        thinking: Whether each prompt has begun a thought, which the student continues.
+    """
 
     prompts: Many[Prompt]
     prompt_ids: Many[tuple[int, ...]]
     golden: Many[Sequence | None]
+    grader: tuple[str, str]
+    thinking: Many[bool]
 
     def named_ids(self, places: Many[int]) -> list[tuple[str, tuple[int, ...]]]:
         """What the sampler takes, for the prompts at some places."""
@@ -72,7 +84,7 @@ def load_train(
         _require_solutions(config, prompts)
     ids = _encode(config, student, teacher_context, prompts, budget)
     if not needs_golden:
-        return Problems(prompts, ids, [None] * len(prompts)), []
+        return _problems(config, student, data.train, prompts, ids, [None] * len(prompts)), []
     golden = golden_sequences(
         prompts, ids, student.tokenizer, stops.label_id, budget, stops.decode_ids
     )
@@ -82,7 +94,7 @@ def load_train(
             f"{left_out} of {len(prompts)} golden solutions are longer than "
             f"rollout.max_new_tokens = {budget} and are left out of the golden term."
         )
-    return Problems(prompts, ids, golden), notes
+    return _problems(config, student, data.train, prompts, ids, golden), notes
 
 
 def load_held_out(
@@ -113,7 +125,19 @@ def load_held_out(
     )
     budget = config.eval.max_new_tokens or config.rollout.max_new_tokens
     ids = _encode(config, student, teacher_context, prompts, budget)
-    return Problems(prompts, ids, [None] * len(prompts))
+    return _problems(config, student, config.eval.data, prompts, ids, [None] * len(prompts))
+
+
+def _problems(
+    config: Config,
+    student: LanguageModel,
+    source: str,
+    prompts: Many[Prompt],
+    ids: Many[tuple[int, ...]],
+    golden: Many[Sequence | None],
+) -> Problems:
+    grader = grader_of(config.data.grader, config.data.answer_marker, source)
+    return Problems(prompts, ids, golden, grader, begin_thoughts(ids, student.tokenizer))
 
 
 def _encode(

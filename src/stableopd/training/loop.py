@@ -222,18 +222,16 @@ def _judge(run: Run, rollouts: list[Rollout]) -> tuple[list[Judged] | None, floa
 
 def _grade(run: Run, places: list[int], rollouts: list[Rollout]) -> list[bool] | None:
     """Whether each rollout is correct; None where a prompt has no answer."""
-    data, per_prompt = run.config.data, run.config.rollout.rollouts_per_prompt
-    answers = [run.train.prompts[i].answer for i in places for _ in range(per_prompt)]
+    train, per_prompt = run.train, run.config.rollout.rollouts_per_prompt
+    answers = [train.prompts[i].answer for i in places for _ in range(per_prompt)]
+    thinking = [train.thinking[i] for i in places for _ in range(per_prompt)]
     if not rollouts or any(a is None for a in answers):
         return None
 
-    def graded(pairs: Many[tuple[Rollout, str | None]]) -> list[bool]:
-        return [
-            grade(r.completion, answer or "", data.grader, data.answer_marker)
-            for r, answer in pairs
-        ]
+    def graded(items: Many[tuple[Rollout, str | None, bool]]) -> list[bool]:
+        return [grade(r.completion, a or "", *train.grader, begun) for r, a, begun in items]
 
-    return run.ranks.spread(list(zip(rollouts, answers, strict=True)), graded)
+    return run.ranks.spread(list(zip(rollouts, answers, thinking, strict=True)), graded)
 
 
 def _group_rewards(run: Run, correct: list[bool] | None) -> torch.Tensor | None:
@@ -255,8 +253,9 @@ def _evaluation(run: Run, held_out: Problems) -> dict[str, float]:
             num_samples=config.eval.samples,
             settings=eval_settings(config),
             seed=config.run.seed * STEP_SEEDS + EVAL_SEED,
-            grader=config.data.grader,
-            marker=config.data.answer_marker,
+            grader=held_out.grader[0],
+            marker=held_out.grader[1],
             repetition=config.repetition,
+            thinking=held_out.thinking,
         )
     return {**evaluation_metrics(evaluation), "time/eval_s": time.perf_counter() - start}

@@ -8,6 +8,7 @@ import torch
 
 from stableopd.hidden import token_hidden_states
 from stableopd.rollout.stops import Finding, StopLogps, audit
+from stableopd.training.answer_checks import golden_answers, known_answers
 from stableopd.training.batch import collate, micro_batches, rollout_sequences
 from stableopd.training.ranks import shared
 from stableopd.training.setup import Run
@@ -21,7 +22,7 @@ AUDIT_SEED = 104_729
 
 
 def examine(run: Run) -> list[Finding]:
-    """Sample a few rollouts of the untrained student and audit how they stop.
+    """Sample a few rollouts of the untrained student, audit how they stop, and try the grader.
 
     Args:
         run: A prepared run; nothing of it is changed.
@@ -31,6 +32,7 @@ def examine(run: Run) -> list[Finding]:
 
     Raises:
         ModelError: A log-prob of student or teacher is not finite.
+        DataError: math-verify cannot be started.
         TrainingError: Another process was lost.
     """
     with run.ranks.watched():
@@ -47,8 +49,9 @@ def _examine(run: Run) -> list[Finding]:
             rollouts = run.sampler.sample(run.train.named_ids(places), 1, settings, AUDIT_SEED)
     golden = [s.completion_ids for s in run.train.golden if s is not None]
     stop_logps = _stop_logps(run, rollouts)
-    return run.ranks.on_main(
-        lambda: audit(
+
+    def find() -> list[Finding]:
+        findings = audit(
             run.stops,
             run.student.tokenizer,
             run.teacher_tokenizer,
@@ -57,7 +60,21 @@ def _examine(run: Run) -> list[Finding]:
             r.max_new_tokens,
             stop_logps,
         )
-    )
+        return [*findings, *_grading(run)]
+
+    return run.ranks.on_main(find)
+
+
+def _grading(run: Run) -> list[Finding]:
+    """What the grader makes of right answers and of golden solutions."""
+    train, held_out = run.train, run.held_out
+    found = [known_answers(train.prompts, train.grader)]
+    if held_out is not None and held_out.prompts != train.prompts:
+        found.append(known_answers(held_out.prompts, held_out.grader))
+    solutions = golden_answers(train.prompts, train.grader, train.thinking)
+    if solutions is not None:
+        found.append(solutions[0])
+    return [finding for finding in found if finding is not None]
 
 
 @torch.no_grad()
