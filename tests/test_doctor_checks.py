@@ -22,6 +22,7 @@ from tiny import VOCABULARY, V, make_llama, make_tokenizer
 
 TEMPLATE = "{% for m in messages %}#{{ m.content }}{% endfor %}="
 NONE = np.empty(0)
+PLAN = plan_stops([tiny.EOS], None, tiny.EOS, "event", V)
 
 
 def model(tokenizer=None, template=None, **options):
@@ -148,7 +149,7 @@ class TestLessons:
 
     def test_solutions_that_cannot_be_used(self):
         prompts = [Prompt("a", "1", "2<eos>3"), Prompt("b", "1", "2"), Prompt("c", "1")]
-        encoded, refused = lessons.encode_solutions(prompts, make_tokenizer(), tiny.EOS)
+        encoded, refused = lessons.encode_solutions(prompts, make_tokenizer(), PLAN)
         assert encoded == [(1, (VOCABULARY["2"], tiny.EOS))]
         (said,) = refused
         assert "prompt a: the stop token" in said
@@ -162,7 +163,7 @@ class TestLessons:
     )
     def test_missing_solutions(self, with_solution, method, level):
         prompts = [Prompt(str(i), "1", "2" if i < with_solution else None) for i in range(3)]
-        encoded, _ = lessons.encode_solutions(prompts, make_tokenizer(), tiny.EOS)
+        encoded, _ = lessons.encode_solutions(prompts, make_tokenizer(), PLAN)
         settings = parsed(objective={"method": method}, rollout={"max_new_tokens": 1})
         check = lessons.solutions(prompts, encoded, [], settings, True)
         assert only(check).level == level
