@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 SERVER = """
-import importlib, json, os, pickle, sys, traceback
+import importlib, json, os, pickle, signal, sys, traceback
 import peft, torch.distributed.fsdp, stableopd.report.page, stableopd.terminal
 import stableopd.training.loop, stableopd.training.preflight
 from stableopd.cli import main
@@ -45,6 +45,7 @@ for line in sys.stdin:
                 path = os.path.join(order["folder"], f"{rank}.{name}")
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             code = 70
+            signal.alarm(order["limit"])  # a process that waits for another is ended
             try:
                 call(order, rank)
                 code = 0
@@ -93,11 +94,12 @@ class Server:
         )
         assert self.process.stdout.readline() == "ready\n"
 
-    def start(self, arguments, *, num=2, environment=None, function=""):
+    def start(self, arguments, *, num=2, environment=None, function="", limit=600):
         order = {
             "function": function,
             "arguments": arguments,
             "num": num,
+            "limit": limit,
             "folder": str(self.folder),
             "environment": rendezvous(num) | (environment or {}),
         }

@@ -50,7 +50,11 @@ def logs_of(name):
 
 def arguments(name):
     return DistillationConfig(
-        str(DUMPS / name), max_completion_length=BUDGET, use_cpu=True, bf16=False
+        str(DUMPS / name),
+        max_completion_length=BUDGET,
+        log_completions=True,
+        use_cpu=True,
+        bf16=False,
     )
 
 
@@ -159,7 +163,7 @@ def test_it_ends_a_run_of_ours_whose_student_unlearns_to_stop(tmp_path, caplog):
         trainer.train()
     lines = trainer.collapse_alarm.lines
     assert lines[0]["rollout/truncation_rate"] < 0.5
-    assert lines[-1]["rollout/truncation_rate"] > 0.8
+    assert lines[-1]["rollout/truncation_rate"] > 0.6
     assert trainer.state.global_step == lines[-1]["step"] < 60
     assert trainer.collapse_alarm.alarm.level is Level.COLLAPSE
     assert any("COLLAPSE" in record.getMessage() for record in caplog.records)

@@ -31,7 +31,7 @@ BAD_SOLUTIONS = {
     "ids with two stops": ([[5, EOS, EOS], [5, EOS]], "hold one within"),
     "text with a stop within": (["1<eos>2", "3"], "stands within the solution"),
     "messages": ([[{"role": "user", "content": "1"}]] * 2, "one assistant message"),
-    "all empty": ([None, None], "is empty in the first 2 rows"),
+    "all empty": ([None, None], "is empty in all 2 rows"),
     "all too long": (["1" * 8, "2" * 9], "fits into max_completion_length = 8"),
 }
 

@@ -8,12 +8,17 @@ Each mean is over all tokens of a kind of the whole optimizer step, all micro-ba
 as TRL takes its own; this is `aggregation = "token"` of docs/objective.md. Rollouts, optimizer,
 logging and checkpoints are TRL's. With both weights 0 and one stop id the loss is TRL's own code.
 
+In which precision a term is computed is TRL's: a forward pass outside autocast, in the weights' own
+type, whatever `bf16` says, and logits that become float32 before the softmax.
+
 Source: arXiv 2604.08527 (golden and reference term), 2609.20511 (stop event), 2306.13649 (TRL's D).
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -49,19 +54,45 @@ __all__ = ["StableOPDTrainer"]
 # TRL's `beta` between these mixes the two models otherwise than any divergence here.
 DIVERGENCES = {0.0: forward_kl, 0.5: jensen_shannon, 1.0: reverse_kl}
 
+# For the model card.
+PAPER = {
+    "title": (
+        "Demystifying OPD: Length Inflation and Stabilization Strategies for Large Language Models"
+    ),
+    "id": "2604.08527",
+    "citation": """\
+@misc{luo2026demystifying,
+    title         = {{Demystifying OPD: Length Inflation and Stabilization Strategies
+                     for Large Language Models}},
+    author        = {Luo and others},
+    year          = 2026,
+    eprint        = {2604.08527},
+    archivePrefix = {arXiv},
+    url           = {https://arxiv.org/abs/2604.08527},
+}""",
+}
+
 
 class StableOPDTrainer(DistillationTrainer):
     """TRL's `DistillationTrainer` with the terms of StableOPD and the collapse alarm.
 
-    Logged beside TRL's metrics, by the names of docs/metrics.md: `loss/divergence`, `loss/golden`,
+    Logged next to TRL's metrics, by the names of docs/metrics.md: `loss/divergence`, `loss/golden`,
     `loss/reference_kl` (unweighted; where our terms are on), `rollout/...`, and, where our terms
     are on, `advantage/...`, `logp/...`, `stop/...`; and `golden/share`, the share of rollouts whose
-    prompt brought a golden solution. An evaluation's loss is the divergence alone.
+    prompt brought a golden solution, and `golden/refused`, of those whose solution cannot be used.
+
+        loss = loss/divergence + lambda_gold * loss/golden + beta_reference * loss/reference_kl
+
+    holds in every line of the log. An evaluation's loss is only the divergence.
 
     Attributes:
         stops: The stop ids of both models, and how they are scored.
         collapse_alarm: The alarm, a callback of this trainer.
     """
+
+    _name = "StableOPD"
+    _tag_names = ["trl", "distillation", "stableopd"]  # noqa: RUF012 (TRL's own)
+    _paper = PAPER
 
     # The declared types leave room for values that neither has once the trainer is made.
     model: Any
@@ -107,10 +138,15 @@ class StableOPDTrainer(DistillationTrainer):
             raise ConfigError("only text models are supported, with a tokenizer and no processor.")
         self._settings = args
         self._records: list[Record] = []
+        self._lines: list[dict[str, Any]] = []
         self._shares: dict[str, Tensor] = {}
         self._plan(teacher_processing_class)
         self._solutions = Solutions(
-            args.solution_column, self.processing_class, self.stops, self.max_completion_length
+            args.solution_column,
+            self.processing_class,
+            self.stops,
+            self._num_tokens,
+            self.max_completion_length,
         )
         if args.lambda_gold and train_dataset is not None:
             self._solutions.require(train_dataset)
@@ -170,8 +206,8 @@ class StableOPDTrainer(DistillationTrainer):
         self._teacher = self._frozen(teacher)
         self._reference = self._make_reference() if args.beta_reference else None
 
-    def _frozen(self, model: Any) -> FrozenModel:
-        return FrozenModel(model, self._num_tokens, self.temperature, self.accelerator.autocast)
+    def _frozen(self, model: Any, is_base: bool = False) -> FrozenModel:
+        return FrozenModel(model, self._num_tokens, self.temperature, is_base=is_base)
 
     def _make_reference(self) -> FrozenModel:
         """The initial student: a copy, or with an adapter the base itself."""
@@ -188,7 +224,7 @@ class StableOPDTrainer(DistillationTrainer):
                 "the student's adapter already changes the model, so that its base is not the "
                 "initial student that beta_reference needs; merge the adapter and add a new one."
             )
-        return self._frozen(student)
+        return self._frozen(student, is_base=True)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -199,15 +235,22 @@ class StableOPDTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self.model.training and self._settings.lambda_gold:
+            num_refused = self._solutions.num_refused
             ids_BT, mask_BT = self._solutions.collate(inputs)
             output["golden_ids"] = ids_BT.to(self.accelerator.device)
             output["golden_mask"] = mask_BT.to(self.accelerator.device)
-            num_golden = self.accelerator.gather(output["golden_mask"].sum()).sum()
-            output["num_golden_tokens"] = num_golden
-            share = output["golden_mask"].any(dim=1).float().mean()
-            self._metrics["train"]["golden/share"].append(
-                self.accelerator.gather(share).mean().item()
+            counts = torch.stack(
+                [
+                    mask_BT.sum(),
+                    mask_BT.any(dim=1).sum(),
+                    torch.tensor(self._solutions.num_refused - num_refused),
+                    torch.tensor(len(inputs)),
+                ]
             )
+            gathered_P4 = self.accelerator.gather(counts.to(self.accelerator.device).unsqueeze(0))
+            output["num_golden_tokens"], share, refused, rows = gathered_P4.sum(0)
+            self._metrics["train"]["golden/share"].append((share / rows).item())
+            self._metrics["train"]["golden/refused"].append((refused / rows).item())
         return output
 
     def compute_loss(
@@ -217,15 +260,24 @@ class StableOPDTrainer(DistillationTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """TRL's, whose work `_compute_loss` does; logs the terms of the loss."""
+        """TRL's, whose work `_compute_loss` does; logs the terms of the loss.
+
+        Raises:
+            TrainingError: A term is not finite in one of the processes; in all of them.
+        """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        shares, self._shares = self._shares, {}
+        if not shares:
+            return loss
+        # Outside the wrapped forward pass, and the same number of terms in every process.
+        found_PK = self.accelerator.gather(torch.stack(list(shares.values())).unsqueeze(0))
         # The log takes means over micro-batches, of which each holds its share of the step's mean.
         scale = self.args.gradient_accumulation_steps if self.model.training else 1
         mode = "train" if self.model.training else "eval"
-        for name, share in self._shares.items():
-            value = self.accelerator.gather(share).mean().item() * scale
-            self._metrics[mode][f"loss/{name}"].append(value)
-        self._shares = {}
+        for name, value in zip(shares, found_PK.mean(0).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise TrainingError(f"loss/{name} is {value}; this update was not made.")
+            self._metrics[mode][f"loss/{name}"].append(value * scale)
         return loss
 
     def _compute_loss(
@@ -253,43 +305,53 @@ class StableOPDTrainer(DistillationTrainer):
             name: _mean(other.comparisons[0], batch, counted)
             for name, other in zip(weights, scores.others, strict=False)
         }
-        if lambda_gold and bool(inputs["golden_mask"].any()):
-            golden = right_padded(inputs, "golden")
-            value_N = golden_cross_entropy(self._score(unwrapped_student, golden).logp_N)
-            num_golden = float(inputs["num_golden_tokens"]) / self.accelerator.num_processes
-            shares["golden"] = _mean(value_N, golden, num_golden)
-        for name, share in shares.items():
-            if not bool(torch.isfinite(share)):
-                raise TrainingError(f"loss/{name} is {share.item()}; this update was not made.")
+        if lambda_gold:
+            # Where this process has no solution the term is 0 and there, for the others wait.
+            shares["golden"] = 0.0 * shares["divergence"]
+            if bool(inputs["golden_mask"].any()):
+                golden = right_padded(inputs, "golden")
+                value_N = golden_cross_entropy(self._score(unwrapped_student, golden).logp_N)
+                num_golden = float(inputs["num_golden_tokens"]) / self.accelerator.num_processes
+                shares["golden"] = _mean(value_N, golden, num_golden)
         self._shares = {name: share.detach() for name, share in shares.items()}
         self._remember(inputs, scores)
         total = torch.stack([weights[name] * share for name, share in shares.items()]).sum()
         return total, scores.entropy_N.sum(), num_tokens
 
     def _score(self, student: Any, batch: Batch, against: list[Against] | None = None) -> Scores:
-        with self.accelerator.autocast():
-            return score_tokens(
-                token_hidden_states(student, batch),
-                head_of(student).restricted_to(self._num_tokens),
-                batch.target_N,
-                stop_ids=self._stop_ids,
-                stop_is_event=self._is_event,
-                temperature=self.temperature,
-                against=against or (),
-            )
+        return score_tokens(
+            token_hidden_states(student, batch),
+            head_of(student).restricted_to(self._num_tokens),
+            batch.target_N,
+            stop_ids=self._stop_ids,
+            stop_is_event=self._is_event,
+            temperature=self.temperature,
+            against=against or (),
+        )
 
     def _remember(self, inputs: dict[str, Any], scores: Scores | None) -> None:
-        """Keep the rollouts of a micro-batch for the next log."""
+        """Keep the rollouts of a micro-batch until the step is made."""
         if self.model.training:
             ends = self.eos_token_ids
             self._records += records_of(inputs, self.processing_class, ends, scores)
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's; measures the rollouts of a step once it is complete, and tells the alarm."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            records, self._records = gather_object(self._records), []
+            # The update, which makes it a step, comes right after.
+            step = self.state.global_step + 1
+            self._lines.append(self.collapse_alarm.measure(records, step))
+            self.collapse_alarm.tell({"step": step} | self._lines[-1], self.state)
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with the measurements of the rollouts since the last log."""
-        if self.model.training and self._records:
-            records = gather_object(self._records)
-            logs |= self.collapse_alarm.measure(records, self.state.global_step)
-            self._records = []
+        """TRL's, with means of the measurements of the steps since the last log."""
+        if self.model.training:
+            lines, self._lines = self._lines, []
+            for name in dict.fromkeys(name for line in lines for name in line):
+                logs[name] = fmean(line[name] for line in lines if name in line)
         super().log(logs, start_time)
 
 
