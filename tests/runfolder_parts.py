@@ -1,5 +1,9 @@
 """A run folder and its checkpoints, shared by the tests of run folders."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from stableopd.runfolder import RunFolder
@@ -21,3 +25,31 @@ def fill(folder, step, text="weights"):
         (path / "model.safetensors").write_text(text)
         (path / "trainer").mkdir()
         (path / "trainer" / "rng.json").write_text("{}")
+
+
+def event(step, **fields):
+    """A line of events.jsonl."""
+    line = {"step": step, "level": "warn", "reason": "r", "action": "warn", "restored_step": None}
+    return line | {"lambda_gold": 1.0, "beta_reference": 0.0} | fields
+
+
+HOLDER = """
+import sys, time
+from stableopd.runfolder import RunFolder
+RunFolder.open(sys.argv[1]).lock()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def held_by_another(path):
+    """A process that holds the lock of a run folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import tomllib
 import typing
 
@@ -185,7 +186,7 @@ def test_several_updates_turn_clipping_on():
     assert make(objective={"updates_per_batch": 2, "clip": 0.1}).objective.clip == 0.1
 
 
-ODD = 'a "quoted"\\path\'s\n\ttab \x00\x1f\x7f\x85\u2028 €😀 ]#='
+ODD = 'a "quoted"\\path\'s\n\ttab \x01\x1f\x7f\x85\u2028 €😀 ]#='
 
 
 def test_the_alarm_only_speaks_unless_asked():
@@ -360,3 +361,37 @@ def test_the_embedded_world_needs_its_own_answer_marker():
     parse(table)
     with pytest.raises(ConfigError, match=r'set data\.answer_marker = ";#"'):
         parse(table, ["data.answer_marker=#"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[run]\nsteps = " + "1" * 5000,
+        "[run]\nsteps = 0x" + "f" * 9000,
+        "[teacher]\nstop_ids = [0x" + "f" * 9000 + ", 1.5]",
+        "x = " + "[" * 5000,
+        "[optimizer]\nlearning_rate = 1" + "0" * 400,
+        '[run]\noutput = "a\\u0000b"',
+        '[run]\ntrackers = ["a\\u0000b"]',
+    ],
+)
+def test_what_toml_takes_and_no_field_does(tmp_path, text):
+    """Values on which `tomllib`, `float`, `repr` or `pathlib` raise errors of their own."""
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as told:
+        load(file)
+    assert len(str(told.value)) < 600
+    if text.startswith("[") and "\n" in text:
+        section, field = text[1:].split("]\n")
+        name, _, value = field.partition(" = ")
+        with pytest.raises(ConfigError):
+            parse({}, [f"{section}.{name}={value}"])
+
+
+def test_a_config_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "c.toml")
+    with pytest.raises(ConfigError, match=r"c\.toml"):
+        load(tmp_path / "c.toml")
+    with pytest.raises(ConfigError, match="too long"):
+        load(tmp_path / ("x" * 300))

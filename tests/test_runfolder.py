@@ -8,8 +8,9 @@ import sys
 import pytest
 
 import runfolder_parts
-from runfolder_parts import CONFIG, entries, fill
+from runfolder_parts import CONFIG, entries, event, fill
 from stableopd.runfolder import RunFolder
+from stableopd.runfolder.files import json_line
 from stableopd.types import RunFolderError
 
 folder = runfolder_parts.folder  # a fixture
@@ -89,15 +90,15 @@ def test_torn_last_line_is_ignored_and_replaced_by_the_next(folder):
 def test_events_are_lines_of_their_own_and_as_safe(folder):
     assert folder.events() == []
     folder.append_metrics({"step": 1})
-    folder.append_event({"step": 1, "level": "warn", "x": math.nan})
-    assert folder.events() == [{"step": 1, "level": "warn", "x": None}]
+    folder.append_event(event(1, lambda_gold=math.nan))
+    assert folder.events() == [event(1, lambda_gold=None)]
     with (folder.path / "events.jsonl").open("ab") as file:
         file.write(b'{"step": 2, "lev')
     assert len(folder.events()) == 1
-    folder.append_event({"step": 3})
+    folder.append_event(event(3))
     assert [event["step"] for event in folder.events()] == [1, 3]
     assert folder.metrics() == [{"step": 1}]
-    (folder.path / "events.jsonl").write_bytes(b'{"step": 1}\n{"st\n')
+    (folder.path / "events.jsonl").write_bytes(json_line(event(1)) + b'{"st\n')
     with pytest.raises(RunFolderError, match=r"events\.jsonl, line 2: not a JSON object"):
         folder.events()
 
@@ -105,7 +106,7 @@ def test_events_are_lines_of_their_own_and_as_safe(folder):
 def test_rewind_drops_later_events(folder):
     for step in (2, 5, 7):
         folder.append_metrics({"step": step})
-        folder.append_event({"step": step, "level": "warn"})
+        folder.append_event(event(step))
     with (folder.path / "events.jsonl").open("ab") as file:
         file.write(b'{"step"')
     folder.rewind(5)
@@ -271,6 +272,7 @@ def test_rewind_forgets_what_came_later(folder):
         "checkpoints/000002",
         "checkpoints/000002/model.safetensors",
         "checkpoints/000002/trainer",
+        "checkpoints/000002/trainer/manifest.json",
         "checkpoints/000002/trainer/rng.json",
         "config.toml",
         "environment.json",

@@ -31,7 +31,7 @@ import sys
 from stableopd.runfolder import RunFolder
 folder = RunFolder.create(sys.argv[1], "", {})
 for step in range(10**9):
-    folder.append_metrics({"step": step, "text": "x" * 2000})
+    folder.append_metrics({"step": step, "x" * 2000: 1})
     folder.write_rollouts(step, [{"step": step}] * 50)
     with folder.new_checkpoint(step) as path:
         (path / "a").write_text("a" * 100_000)
@@ -73,7 +73,7 @@ def test_full_disk_loses_nothing_that_was_written(small_disk):
 
     def append_until_full():
         for step in range(1000):
-            folder.append_metrics({"step": step, "text": "x" * 1500})
+            folder.append_metrics({"step": step, "x" * 1500: 1})
 
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written: the disk is f"):
         append_until_full()

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stableopd.config_checks import check
+from stableopd.config_checks import check, check_section
 from stableopd.types import ConfigError
 
-__all__ = ["Config", "load", "parse", "to_toml", "toml_value"]
+__all__ = ["Config", "load", "parse", "repetition_of", "to_toml", "toml_value"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class ObjectiveConfig:
 class OptimizerConfig:
     learning_rate: float = 1e-6  # paper; our sweep is of models a thousand times smaller
     schedule: str = "constant"
+    schedule_steps: int = 0  # steps over which the rate decays; 0: run.steps
     warmup_steps: int = 0  # as transformers counts them: the first step's rate is 0
     grad_clip: float = 1.0
     weight_decay: float = 0.0  # paper: Adam
@@ -250,16 +251,26 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """
     file = Path(path)
     try:
+        if file.exists() and not file.is_file():
+            raise ConfigError(
+                f"{file}: cannot be read: it is not a file; give the path of a TOML config."
+            )
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; give the path of a TOML config.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}).") from None
+    return parse(_toml(text, str(file)), overrides, source=str(file))
+
+
+def _toml(text: str, source: str) -> dict[str, Any]:
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}.") from None
-    return parse(table, overrides, source=str(file))
+        raise ConfigError(f"{source}: not valid TOML: {error}.") from None
+    except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{source}: not usable as TOML: {reason}.") from None
 
 
 def parse(
@@ -295,6 +306,26 @@ def parse(
     config = dataclasses.replace(config, objective=_preset(config.objective))
     check(config, source)
     return config
+
+
+def repetition_of(values: typing.Mapping[str, Any], source: str) -> RepetitionConfig:
+    """How a run counts repetition, by the table of a version that may know other fields.
+
+    Args:
+        values: The table [repetition]; fields that are not known here are passed over.
+        source: Where it comes from, for messages.
+
+    Returns:
+        The section.
+
+    Raises:
+        ConfigError: A value has a wrong type or is out of its range.
+    """
+    known = {f.name for f in dataclasses.fields(RepetitionConfig)}
+    found = {name: value for name, value in values.items() if name in known}
+    section = _section(source, "repetition", RepetitionConfig, found)
+    check_section(source, "repetition", section)
+    return section
 
 
 def to_toml(config: Config) -> str:
@@ -351,6 +382,9 @@ def _split(override: str, sections: dict[str, Any]) -> tuple[str, str, Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--set {section}.{key}: not usable as TOML: {reason}.") from None
     return section, key.strip(), value
 
 
@@ -365,6 +399,8 @@ def _section(source: str, name: str, cls: type, values: dict[str, Any]) -> Any:
 
 
 def _typed(source: str, name: str, hint: Any, value: Any) -> Any:
+    if isinstance(value, int) and abs(value) >= 2**63:  # no field takes it, nor does float()
+        raise ConfigError(f"{source}: {name} is a number that is too large.")
     if isinstance(hint, types.UnionType):
         if type(None) not in typing.get_args(hint) and isinstance(value, str):
             value = [value] if value else []  # one text stands for a list of one
@@ -375,7 +411,7 @@ def _typed(source: str, name: str, hint: Any, value: Any) -> Any:
         value = float(value)
     if typing.get_origin(hint) is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{source}: {name} must be a table of names, not {value!r}.")
+            raise ConfigError(f"{source}: {name} must be a table of names, not {_shown(value)}.")
         _, inner = typing.get_args(hint)
         if inner is Any:
             return dict(typing.cast(dict[str, Any], value))  # `check` looks at what is in it
@@ -388,15 +424,25 @@ def _typed(source: str, name: str, hint: Any, value: Any) -> Any:
             type(v) is inner for v in typing.cast(list[Any], value)
         ):
             kind = {str: "strings", int: "whole numbers"}[inner]
-            raise ConfigError(f"{source}: {name} must be a list of {kind}, not {value!r}.")
-        return tuple(typing.cast(list[Any], value))
+            raise ConfigError(f"{source}: {name} must be a list of {kind}, not {_shown(value)}.")
+        return tuple(_typed(source, name, inner, v) for v in typing.cast(list[Any], value))
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
-        raise ConfigError(f"{source}: {name} must be {kind}, not {value!r}.")
+        raise ConfigError(f"{source}: {name} must be {kind}, not {_shown(value)}.")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{source}: {name} holds the character U+0000; leave it out.")
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
         # Bytes of the command line that are not UTF-8, which no TOML file can hold.
         raise ConfigError(f"{source}: {name} = {value!r} is not valid Unicode text.")
     return value
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a number of too many digits within
+        return "what it holds"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _preset(objective: ObjectiveConfig) -> ObjectiveConfig:

@@ -12,7 +12,7 @@ from stableopd.types import ConfigError
 if TYPE_CHECKING:
     from stableopd.config import Config
 
-__all__ = ["DTYPES", "RAISING", "check"]
+__all__ = ["DTYPES", "RAISING", "check", "check_section"]
 
 # Names of the types that weights may have; "auto" depends on the device.
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -78,6 +78,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "objective.updates_per_batch": (1, 1000, True),
     "objective.top_k": (0, 10**9, True),
     "optimizer.learning_rate": (0, 10, False),
+    "optimizer.schedule_steps": (0, 10**9, True),
     "optimizer.warmup_steps": (0, 10**9, True),
     "optimizer.grad_clip": (0, 1e9, False),
     "optimizer.weight_decay": (0, 10, True),
@@ -114,9 +115,7 @@ def check(config: Config, source: str) -> None:
         ConfigError: The first thing that is wrong with it.
     """
     for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for f in dataclasses.fields(values):
-            _check_field(source, f"{section.name}.{f.name}", getattr(values, f.name))
+        check_section(source, section.name, getattr(config, section.name))
     for wrong, reason in (
         *_term_rules(config),
         *_policy_rules(config),
@@ -128,6 +127,21 @@ def check(config: Config, source: str) -> None:
     ):
         if wrong:
             raise ConfigError(f"{source}: {reason}")
+
+
+def check_section(source: str, name: str, values: Any) -> None:
+    """Refuse a value that is no choice of its field, or out of its range.
+
+    Args:
+        source: Where it comes from, for messages.
+        name: Name of the section.
+        values: The section.
+
+    Raises:
+        ConfigError: The first such value.
+    """
+    for f in dataclasses.fields(values):
+        _check_field(source, f"{name}.{f.name}", getattr(values, f.name))
 
 
 def _check_field(source: str, name: str, value: Any) -> None:

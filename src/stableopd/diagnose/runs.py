@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stableopd.config import RepetitionConfig
+from stableopd.config import repetition_of
 from stableopd.diagnose.notes import about_window, damage, how_truncation
 from stableopd.diagnostics.alarm import Alarm, Level, advance, after_rollback
 from stableopd.diagnostics.collect import Collector
@@ -93,7 +92,7 @@ def diagnose_run(folder: RunFolder, on_bytes: OnBytes | None = None) -> Diagnosi
         DataError: Its rollouts cannot be read.
     """
     table = _config_table(folder)
-    repetition = _repetition(table)
+    repetition = repetition_of(table.get("repetition", {}), str(folder.path / "config.toml"))
     marker = table.get("data", {}).get("answer_marker", "")
     budget = table.get("rollout", {}).get("max_new_tokens")
     collector = Collector(
@@ -275,18 +274,12 @@ def ask(alarm: Alarm, line: Mapping[str, Any]) -> Alarm:
     return alarm if restored is None else after_rollback(alarm, int(restored))
 
 
-def _config_table(folder: RunFolder) -> dict[str, Any]:
+def _config_table(folder: RunFolder) -> dict[str, dict[str, Any]]:
     # Read without the checks of `config.load`, so that a run of another version can be diagnosed.
     try:
-        return tomllib.loads(folder.config_text())
-    except tomllib.TOMLDecodeError:
+        return folder.config_table()
+    except RunFolderError:
         return {}
-
-
-def _repetition(table: Mapping[str, Any]) -> RepetitionConfig:
-    given = table.get("repetition", {})
-    known = {k: v for k, v in given.items() if k in RepetitionConfig.__dataclass_fields__}
-    return RepetitionConfig(**known)
 
 
 def _environment(folder: RunFolder) -> dict[str, Any]:
@@ -304,4 +297,5 @@ def _facts(table: Mapping[str, Any], environment: Mapping[str, Any]) -> Facts:
         return tuple(value) if isinstance(value, list) else None
 
     mode = stops.get("mode") or table.get("objective", {}).get("stop")
+    mode = mode if isinstance(mode, str) else None
     return Facts(mode, ids("student_ids"), ids("teacher_ids"))

@@ -6,12 +6,14 @@
     events.jsonl              one line for each time that the alarm spoke or acted
     rollouts/000010.jsonl     the rollouts of step 10, one a line
     failed/000012.jsonl       a batch whose loss was not finite
-    checkpoints/000050/       a model folder, with `trainer/` beside the weights
+    checkpoints/000050/       a model folder, with `trainer/` next to the weights
     report.html               and other files made from the above
+    .lock                     while a process writes
 
 Files are written beside their place, synced and renamed: a kill at any moment leaves the old one or
 the new one. `metrics.jsonl` and `events.jsonl` grow in place: a kill can tear the last line, which
-readers ignore and `rewind` removes. One process writes; others may read meanwhile.
+readers ignore and `rewind` removes. One process writes, which holds a lock; others may read
+meanwhile.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from stableopd.runfolder.files import (
     read,
     read_lines,
     read_object,
+    reading,
     refusal,
     remove,
     sync,
@@ -41,13 +44,21 @@ from stableopd.runfolder.files import (
     write_bytes,
     writing,
 )
+from stableopd.runfolder.kinds import as_config, as_environment, as_event, as_metrics
+from stableopd.runfolder.lock import LOCK, hold, release
+from stableopd.runfolder.manifest import write_manifest
 from stableopd.types import RunFolderError
 
-__all__ = ["RunFolder", "write_atomically"]
+__all__ = ["RunFolder", "newest_checkpoint", "write_atomically"]
 
 CONFIG, ENVIRONMENT = "config.toml", "environment.json"
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 ROLLOUTS, FAILED, CHECKPOINTS = "rollouts", "failed", "checkpoints"
+PAGE = "report.html"
+
+# What a run writes: a folder that holds one of these is taken. Those before FOLDERS mark a run.
+RUN_FILES, FOLDERS = (CONFIG, METRICS), (ROLLOUTS, FAILED, CHECKPOINTS)
+WRITTEN = (*RUN_FILES, ENVIRONMENT, EVENTS, *FOLDERS, PAGE)
 
 REPLACED = ".replaced"  # a complete checkpoint that a new one of its step is about to replace
 
@@ -75,16 +86,23 @@ class RunFolder:
             RunFolderError: It already holds a run, is a file, or is not ours to write.
         """
         folder = cls(Path(path))
-        if folder.path.exists() and not folder.path.is_dir():
-            raise RunFolderError(f"{path}: is a file, not a folder; choose another run.output.")
-        if (folder.path / CONFIG).exists() or (folder.path / METRICS).exists():
+        with writing(folder.path):
+            if folder.path.exists() and not folder.path.is_dir():
+                raise RunFolderError(f"{path}: is a file, not a folder; choose another run.output.")
+            taken = [name for name in WRITTEN if (folder.path / name).exists()]
+            parent = folder.path
+            while not parent.exists():
+                parent = parent.parent
+        if any(name in RUN_FILES for name in taken):
             raise RunFolderError(
                 f"{path}: already holds a run; choose another run.output or continue it with "
                 "--resume."
             )
-        parent = folder.path
-        while not parent.exists():
-            parent = parent.parent
+        if taken:
+            raise RunFolderError(
+                f"{path}: holds {taken[0]}, which a run would replace, but no {CONFIG} of a run; "
+                "choose another run.output or move it away."
+            )
         if not os.access(parent, os.W_OK):
             read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
             raise refusal(folder.path, OSError(errno.EROFS if read_only else errno.EACCES, ""))
@@ -97,7 +115,7 @@ class RunFolder:
         """Make the folder of a new run.
 
         Args:
-            path: Where; parents are made, and other files in it are left alone.
+            path: Where; parents are made, and other files in it are left as they are.
             config_toml: The resolved configuration.
             environment: What to keep about versions and machine, as JSON values.
 
@@ -107,31 +125,73 @@ class RunFolder:
         folder = cls.claim(path)
         with writing(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
-        # The configuration comes last: a folder that has one has everything.
-        folder.write_text(ENVIRONMENT, json.dumps(finite(environment), indent=2) + "\n")
+        # The configuration comes first: after a kill in between, --resume starts the run.
         folder.write_text(CONFIG, config_toml)
+        folder.write_environment(environment)
         return folder
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Open the folder of an existing run, to read it or to go on; changes nothing.
+        """Open the folder of an existing run, to read it or to continue it; changes nothing.
 
         Raises:
             RunFolderError: It is not the folder of a run.
         """
         folder = cls(Path(path))
-        if not (folder.path / CONFIG).is_file():
-            fault = f"has no {CONFIG}" if folder.path.is_dir() else "no such folder"
-            raise RunFolderError(f"{path}: {fault}; give the run.output of a run.")
+        with reading(folder.path):
+            if not (folder.path / CONFIG).is_file():
+                fault = f"has no {CONFIG}" if folder.path.is_dir() else "no such folder"
+                raise RunFolderError(f"{path}: {fault}; give the run.output of a run.")
+            for name in FOLDERS:
+                if (folder.path / name).exists() and not (folder.path / name).is_dir():
+                    raise RunFolderError(f"{folder.path / name}: is no folder; restore it.")
         return folder
+
+    @property
+    def page(self) -> Path:
+        """Where the page of the run is, or will be."""
+        return self.path / PAGE
+
+    def lock(self) -> str:
+        """Keep other processes from writing here, until this one ends or calls `unlock`.
+
+        Returns:
+            "", or a sentence for the user where the file system has no locks.
+
+        Raises:
+            RunFolderError: Another process is writing here, or the folder cannot be written.
+        """
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        return hold(self.path / LOCK, self.path)
+
+    def unlock(self) -> None:
+        """Let other processes write here; does nothing where this one holds no lock."""
+        release(self.path / LOCK)
 
     def config_text(self) -> str:
         """The text of `config.toml`."""
-        return read(self.path / CONFIG).decode()
+        try:
+            return read(self.path / CONFIG).decode()
+        except UnicodeDecodeError:
+            raise RunFolderError(f"{self.path / CONFIG}: not valid UTF-8; restore it.") from None
+
+    def config_table(self) -> dict[str, dict[str, Any]]:
+        """The tables of `config.toml`, unchecked; RunFolderError where it is not TOML."""
+        return as_config(self.config_text(), str(self.path / CONFIG))
 
     def environment(self) -> dict[str, Any]:
-        """What `create` was told about versions and machine."""
-        return read_object(self.path / ENVIRONMENT)
+        """What `create` was told about versions and machine; RunFolderError without it."""
+        path = self.path / ENVIRONMENT
+        return as_environment(read_object(path), str(path))
+
+    def has_environment(self) -> bool:
+        """Whether `environment.json` is there; a kill as the run began may have left none."""
+        return (self.path / ENVIRONMENT).exists()
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Replace what is kept about versions, machine and inputs."""
+        self.write_text(ENVIRONMENT, json.dumps(finite(environment), indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file such as `report.html` atomically, and return its path."""
@@ -151,7 +211,8 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of `metrics.jsonl` in order, without a torn last one."""
-        return self._lines(METRICS)
+        path = self.path / METRICS
+        return read_lines(path, as_metrics) if path.exists() else []
 
     def append_event(self, event: Mapping[str, Any]) -> None:
         """Add one line with "step" to `events.jsonl`, as `append_metrics` does."""
@@ -159,7 +220,8 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """All lines of `events.jsonl` in order, without a torn last one."""
-        return self._lines(EVENTS)
+        path = self.path / EVENTS
+        return read_lines(path, as_event) if path.exists() else []
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rollouts of a step, one row a line, replacing what was there."""
@@ -200,11 +262,13 @@ class RunFolder:
         final = self.path / CHECKPOINTS / f"{step:06d}"
         temporary = final.with_name(f".{final.name}{TEMPORARY}")
         try:
-            with filling(final):
+            with writing(final):
                 final.parent.mkdir(exist_ok=True)
                 remove(temporary)
                 temporary.mkdir()
+            with filling(final):
                 yield temporary
+                write_manifest(temporary, step)
                 sync_tree(temporary)
                 self._publish(temporary, final)
         finally:
@@ -228,17 +292,14 @@ class RunFolder:
         for later in reversed(self.checkpoints()):
             if later > step:
                 self._drop_checkpoint(later)
-        for path in (self.path / METRICS, self.path / EVENTS):
-            if path.exists():
-                kept = [line for line in read_lines(path) if line["step"] <= step]
-                write_bytes(path, map(json_line, kept))
+        for name, lines in ((METRICS, self.metrics()), (EVENTS, self.events())):
+            if (self.path / name).exists():
+                kept = [line for line in lines if line["step"] <= step]
+                write_bytes(self.path / name, map(json_line, kept))
         with writing(self.path):
             for later in self.rollout_steps():
                 if later > step:
                     (self.path / ROLLOUTS / f"{later:06d}.jsonl").unlink()
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        return read_lines(self.path / name) if (self.path / name).exists() else []
 
     def _write_rows(self, room: str, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
         path = self.path / room / f"{step:06d}.jsonl"
@@ -289,3 +350,17 @@ class RunFolder:
             if folder.is_dir():
                 for left in list(folder.glob(f".*{TEMPORARY}")):
                     remove(left)
+
+
+def newest_checkpoint(path: Path) -> Path | None:
+    """The newest checkpoint of a folder that holds a run; None for any other folder.
+
+    Args:
+        path: A folder, such as one that was given where a model's is needed.
+    """
+    try:
+        folder = RunFolder.open(path)
+        steps = folder.checkpoints()
+    except (RunFolderError, OSError):
+        return None
+    return folder.checkpoint_path(steps[-1]) if steps else None

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ __all__ = [
     "read",
     "read_lines",
     "read_object",
+    "reading",
     "refusal",
     "remove",
     "sync",
@@ -57,6 +58,16 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise refusal(path, error) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """As `writing`, for looking at a path, whose name may be too long or not ours to enter."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunFolderError(f"{path}: cannot be read: {reason}; give another path.") from error
 
 
 @contextlib.contextmanager
@@ -197,16 +208,38 @@ def read_object(path: Path) -> dict[str, Any]:
     return _parse(read(path), str(path))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a .jsonl file without a torn last line; RunFolderError for others."""
+def read_lines(
+    path: Path, check: Callable[[dict[str, Any], str], dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """The JSON objects of a .jsonl file without a torn last line.
+
+    Args:
+        path: The file.
+        check: Takes each object and its place, and refuses what cannot stand there.
+
+    Returns:
+        The objects, in order.
+
+    Raises:
+        RunFolderError: It cannot be read, or a line is no JSON object or refused.
+    """
     # Split on the byte: a completion may hold characters that str.splitlines takes for line ends.
-    lines = read(path).split(b"\n")[:-1]
-    return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(read(path).split(b"\n")[:-1], start=1):
+        where = f"{path}, line {number}"
+        row = _parse(line, where)
+        rows.append(check(row, where) if check else row)
+    return rows
 
 
 def _parse(data: bytes, where: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        row: Any = json.loads(data)
+    # ValueError: not JSON, not UTF-8, or a number of too many digits.
+    with contextlib.suppress(ValueError, RecursionError):
+        row: Any = json.loads(data, parse_constant=_no_number)
         if isinstance(row, dict):
             return cast(dict[str, Any], row)
     raise RunFolderError(f"{where}: not a JSON object; restore it.")
+
+
+def _no_number(_word: str) -> None:
+    """NaN and the infinities are written as null, and read as such."""
