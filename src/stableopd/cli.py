@@ -72,6 +72,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of run.output.")
     ] = False,
+    allow_changed: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAMES", help="With --resume: data, eval, student, teacher may have changed."
+        ),
+    ] = [],  # noqa: B006
 ) -> None:
     """Train a student: opd, stable_opd, sft, grpo or gkd, as the configuration says."""
     from stableopd.config import load
@@ -82,27 +88,59 @@ def train(
         error.is_shared = True  # all processes of a machine read this file
         raise
 
+    from stableopd.training.inputs import allowed_names
     from stableopd.training.loop import train as steps
     from stableopd.training.preflight import examine
     from stableopd.training.setup import prepare
 
-    run = prepare(settings, resume)
-    total = settings.run.steps
-    if run.start_step >= total:
+    run = prepare(settings, resume, allowed_names(allow_changed, resume))
+    if run.start_step >= settings.run.steps:
         if run.ranks.is_main:
-            print(f"{run.folder.path} has made all of its {total} steps already.")
+            _show_finished(run)
         return
     if not resume:
         _show_audit(examine(run), run.ranks.is_main)
-    with _finish_step_on_interrupt() as interrupted:
-        lines = steps(run, lambda: bool(interrupted))
+    try:
+        with _finish_step_on_interrupt() as interrupted:
+            lines = steps(run, lambda: bool(interrupted))
+            if run.ranks.is_main:
+                last, events = _show_steps(run, lines)
+            else:
+                # The main process shows and reports, and its exit code is that of the run.
+                collections.deque(lines, maxlen=0)
+                return
+    except KeyboardInterrupt:
         if run.ranks.is_main:
-            last, events = _show_steps(run, lines)
-        else:
-            # The main process shows and reports, and its exit code is that of the run.
-            collections.deque(lines, maxlen=0)
-            return
+            _show_kept(run)
+        raise typer.Exit(130) from None
     _report(run, last, events, resume)
+
+
+def _show_finished(run: Run) -> None:
+    """Say that nothing is left to do, and do what a kill after the last checkpoint left undone."""
+    from stableopd.training.setup import tidy
+
+    total = run.config.run.steps
+    print(f"{run.folder.path} has made all of its {total} steps already.")
+    try:
+        tidy(run)
+        if not run.folder.page.exists():
+            _report(run, total, [], is_resumed=True)
+    finally:
+        run.folder.unlock()
+
+
+def _show_kept(run: Run) -> None:
+    """Say what is left of a run that a second interrupt ended within a step."""
+    kept = run.folder.checkpoints() if run.folder.path.is_dir() else []
+    metrics = run.folder.metrics()
+    last = metrics[-1]["step"] if metrics else 0
+    if kept:
+        again = f", and makes the {last - kept[-1]} steps after it again" if last > kept[-1] else ""
+        told = f"the checkpoint of step {kept[-1]} is kept: --resume goes on from it{again}."
+    else:
+        told = f"no checkpoint was written in {last} steps: --resume starts from the first step."
+    print(f"Ended within step {last + 1}: {told}", file=sys.stderr)
 
 
 def _show_steps(run: Run, lines: Iterator[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
@@ -131,9 +169,9 @@ def _report(run: Run, last: int, events: list[dict[str, Any]], is_resumed: bool)
 
     total = run.config.run.steps
     found = read_runs([run.folder.path])
-    write_page(found, run.folder.path / "report.html", str(run.folder.path))
+    write_page(found, run.folder.page, str(run.folder.path))
     print(found[0].verdict.headline)
-    print(f"Report: {run.folder.path / 'report.html'}")
+    print(f"Report: {run.folder.page}")
     if events and events[-1]["action"] == "stop":
         print(stop_message(events[-1], total, run.config.alarm.action))
         raise typer.Exit(1)
@@ -169,7 +207,11 @@ def _finish_step_on_interrupt() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
         if _is_first_here():
-            print("Interrupted: finishing this step and saving.", file=sys.stderr)
+            print(
+                "Interrupted: finishing this step and saving. A second Ctrl-C ends at once, "
+                "without saving.",
+                file=sys.stderr,
+            )
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,32 @@ from stableopd.data.templates import give_template
 from stableopd.models import LanguageModel
 from stableopd.training.checkpoint import load_adapter
 from stableopd.training.devices import Layout, dtype_of
+from stableopd.training.inputs import weights_sum
 from stableopd.training.sharding import shard
+from stableopd.types import ConfigError
 
 __all__ = ["Models", "checkpoint_gradients", "load_models", "needs_teacher", "share_out"]
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models; `initial` are the student's trained parameters before any step, by name.
+    """The models of a run.
 
-    It is empty where no rollback can need them.
+    Attributes:
+        student: The student.
+        teacher: The teacher; None for methods without one, and where it is served.
+        reference: The student as it was at the start; None where no term can need it.
+        initial: The student's trained parameters before any step, by name; empty where no
+            rollback can need them.
+        sums: Checksums of the weights of student.model ("student") and teacher.model ("teacher"),
+            in the main process; those that were not read are left out.
     """
 
     student: LanguageModel
     teacher: LanguageModel | None
     reference: LanguageModel | None
     initial: Mapping[str, Tensor]
+    sums: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def load_models(
@@ -56,6 +66,7 @@ def load_models(
 
     Raises:
         ModelError: One cannot be loaded, or student and teacher do not fit.
+        ConfigError: The adapter is larger than the student's layers.
         RunFolderError: The checkpoint holds no adapter that fits.
     """
     o, s, t = config.objective, config.student, config.teacher
@@ -64,12 +75,20 @@ def load_models(
     device = torch.device("cpu") if layout.ranks.shards else layout.device
     dtype = dtype_of(s.dtype, "student", layout.device)
     initial: dict[str, Tensor] = {}
+    sums: dict[str, str] = {}
 
-    def load_student(path: str, gguf_file: str) -> LanguageModel:
+    def load(path: str, gguf_file: str) -> LanguageModel:
         return models.load(path, role="student", dtype=dtype, device=device, gguf_file=gguf_file)
 
+    def load_initial() -> LanguageModel:
+        found = load(source, s.gguf_file)
+        if layout.ranks.is_main and "student" not in sums:
+            sums["student"] = weights_sum(found.model)
+        return found
+
     if s.lora_rank:
-        student = load_student(source, s.gguf_file)
+        student = load_initial()
+        _require_rank(student, s.lora_rank)
         student = models.add_lora(student, s.lora_rank, s.lora_alpha, s.lora_targets)
         if config.alarm.action == "rollback":
             adapter = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
@@ -77,9 +96,9 @@ def load_models(
         if checkpoint is not None:
             load_adapter(student, checkpoint)
     elif checkpoint is not None:
-        student = load_student(str(checkpoint), "")
+        student = load(str(checkpoint), "")
     else:
-        student = load_student(source, s.gguf_file)
+        student = load_initial()
     give_template(student.tokenizer, config.data.chat_template)
     if s.gradient_checkpointing:
         checkpoint_gradients(student.model)
@@ -93,10 +112,22 @@ def load_models(
             gguf_file=t.gguf_file,
         )
         models.require_same_tokenizer(student, teacher)
+        if layout.ranks.is_main:
+            sums["teacher"] = weights_sum(teacher.model)
     if needs_reference:
         # With an adapter the student's own base is the reference, and no second copy is held.
-        reference = student if s.lora_rank else load_student(source, s.gguf_file)
-    return Models(student, teacher, reference, initial)
+        reference = student if s.lora_rank else load_initial()
+    return Models(student, teacher, reference, initial, sums)
+
+
+def _require_rank(student: LanguageModel, rank: int) -> None:
+    """Refuse an adapter that is larger than what it adapts, before it is made."""
+    widths = [min(p.shape) for p in student.model.parameters() if p.ndim == 2]
+    if widths and rank > max(widths):
+        raise ConfigError(
+            f"student.lora_rank = {rank} is more than the {max(widths)} that the widest layer of "
+            f"{student.name!r} has; lower it, or set it to 0 to train all weights."
+        )
 
 
 def needs_teacher(objective: ObjectiveConfig) -> bool:

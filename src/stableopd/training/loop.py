@@ -64,11 +64,13 @@ def train(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]
             yield from _steps(run, should_stop)
     finally:
         run.sampler.close()
+        run.folder.unlock()
     run.accelerator.end_training()
 
 
 def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     config, ranks, guard = run.config, run.ranks, run.guard
+    ids = run.stops.decode_ids
     begin(run)
     if run.start_step == 0 and run.held_out is not None:
         line = {"step": 0, **_evaluation(run, run.held_out)}
@@ -91,7 +93,7 @@ def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]
         is_interrupted = any(ranks.gather(should_stop()))
         ends = is_interrupted or (event is not None and event.action == "stop")
         if step % config.run.save_every == 0 or is_last or ends:
-            save(run.folder, step, run.student, run.optimizer, run.scheduler, ranks)
+            save(run.folder, step, run.student, run.optimizer, run.scheduler, ranks, ids)
             ranks.on_main(functools.partial(prune, run, guard))
         yield line
         if ends:
@@ -101,7 +103,8 @@ def _steps(run: Run, should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]
 def _saved(run: Run, step: int, error: ServerError) -> ServerError:
     """Keep the student of the last step, where the next one could not begin; what to tell."""
     if step > run.start_step and step not in run.folder.checkpoints():
-        save(run.folder, step, run.student, run.optimizer, run.scheduler, run.ranks)
+        ids = run.stops.decode_ids
+        save(run.folder, step, run.student, run.optimizer, run.scheduler, run.ranks, ids)
     kept = f" The student after step {step} is saved: go on with --resume." if step else ""
     told = ServerError(f"step {step + 1}: {error}{kept}")
     shared(told)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -30,15 +30,16 @@ from stableopd.training.checkpoint import load_trainer
 from stableopd.training.data import Problems, load_held_out, load_train
 from stableopd.training.devices import Layout, lay_out, make_accelerator
 from stableopd.training.guard import Guard, spared
+from stableopd.training.inputs import changed_inputs, inputs_of
 from stableopd.training.loading import Models, load_models, share_out
 from stableopd.training.ranks import Ranks, shared
-from stableopd.training.resume import Past, find_past, flat
+from stableopd.training.resume import Past, find_past, flat, schedule_steps
 from stableopd.training.sampling import Sampler, make_samplers
 from stableopd.training.teaching import Teaching, find_teaching, needs_served, served_stop_ids
 from stableopd.training.terms import Players
 from stableopd.types import ConfigError, SamplingSettings
 
-__all__ = ["Run", "begin", "eval_settings", "prepare", "prune"]
+__all__ = ["Run", "begin", "eval_settings", "prepare", "prune", "tidy"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Run:
         initial: The trained parameters as they were at the start, by name; empty where no
             rollback can need them.
         guard: What the alarm has seen and done in the steps that are already made.
+        inputs: Checksums of data and models, in the main process.
         is_resumed: Whether the folder holds this run already.
         start_step: Steps that are already made.
         notes: Sentences for the user about what was found on the way.
@@ -87,19 +89,22 @@ class Run:
     held_out: Problems | None
     initial: Mapping[str, Tensor]
     guard: Guard
+    inputs: dict[str, str]
     is_resumed: bool
     start_step: int
     notes: tuple[str, ...]
 
 
-def prepare(config: Config, resume: bool = False) -> Run:
+def prepare(config: Config, resume: bool = False, allowed: Sequence[str] = ()) -> Run:
     """Load models and data, check that they fit, and open the run folder.
 
-    Nothing is written: `begin` makes the folder when the first step is about to be made.
+    Nothing is written but the lock of a folder that is resumed: `begin` makes the folder when the
+    first step is about to be made.
 
     Args:
         config: The configuration.
         resume: Go on from the newest checkpoint of the folder `run.output`.
+        allowed: What may have changed since the run began: names in `inputs.ALLOWABLE`.
 
     Returns:
         The run.
@@ -117,7 +122,11 @@ def prepare(config: Config, resume: bool = False) -> Run:
     with ranks.watched():
         # Together, or the first to find fault would leave while others are still coming in.
         layout = ranks.together(lambda: lay_out(accelerator))
-        return _prepare(config, resume, accelerator, layout)
+        try:
+            return _prepare(config, resume, allowed, accelerator, layout)
+        except BaseException:
+            RunFolder(Path(r.output)).unlock()
+            raise
 
 
 @dataclass(frozen=True)
@@ -131,12 +140,19 @@ class _Read:
     stops: StopPlan
     train: Problems
     held_out: Problems | None
+    inputs: dict[str, str]
     notes: list[str]
 
 
-def _prepare(config: Config, resume: bool, accelerator: Accelerator, layout: Layout) -> Run:
+def _prepare(
+    config: Config,
+    resume: bool,
+    allowed: Sequence[str],
+    accelerator: Accelerator,
+    layout: Layout,
+) -> Run:
     ranks = layout.ranks
-    read = ranks.together(lambda: _read(config, resume, layout))
+    read = ranks.together(lambda: _read(config, resume, allowed, layout))
     if ranks.num > 1:
         ranks.require_same(_facts(config, read))
     models = share_out(read.models, layout, config.alarm.action == "rollback")
@@ -175,32 +191,44 @@ def _prepare(config: Config, resume: bool, accelerator: Accelerator, layout: Lay
         guard=past.guard,
         is_resumed=resume,
         start_step=start_step,
-        notes=(*read.notes, *_alarm_notes(config, past.guard.objective), *_rank_notes(ranks)),
+        inputs=read.inputs,
+        notes=(
+            *past.notes,
+            *read.notes,
+            *_rate_notes(config, past, start_step, scheduler),
+            *_alarm_notes(config, past.guard.objective),
+            *_rank_notes(ranks),
+        ),
     )
 
 
-def _read(config: Config, resume: bool, layout: Layout) -> _Read:
+def _read(config: Config, resume: bool, allowed: Sequence[str], layout: Layout) -> _Read:
     """Find what there is of the run, and load models and data."""
     if layout.ranks.num > config.rollout.prompts_per_step:
         raise ConfigError(
             f"rollout.prompts_per_step = {config.rollout.prompts_per_step} leaves some of "
             f"{layout.ranks.num} processes without a prompt; raise it or start fewer processes."
         )
-    past = find_past(config, resume)
+    past = find_past(config, resume, layout.ranks.is_main)
     torch.manual_seed(config.run.seed)  # a new adapter is drawn from it
     transformers.logging.set_verbosity_error()
     objective, may_raise = past.guard.objective, config.alarm.action in RAISING
     needs_reference = bool(objective.beta_reference) or may_raise
     loaded = load_models(config, layout, past.checkpoint, needs_reference)
     student = loaded.student
-    num_tokens, stops = _agree(config, student, loaded.teacher)
+    num_tokens, stops = _agree(config, student, loaded.teacher, past.student_stop_ids)
     teacher = find_teaching(config, student, loaded.teacher, stops, num_tokens)
     needs_golden = bool(objective.lambda_gold) or may_raise
     train, notes = load_train(config, student, teacher.context, stops, needs_golden)
     held_out = load_held_out(config, student, teacher.context)
+    inputs: dict[str, str] = {}
+    if layout.ranks.is_main:
+        inputs = inputs_of(train, held_out, loaded.sums, stops.teacher_ids)
+        before = past.environment.get("inputs") or {}
+        notes += changed_inputs(before, inputs, allowed, past.folder.path)
     if teacher.served is not None:
         notes += self_test(teacher.served, student.tokenizer, train.prompt_ids)
-    return _Read(past, loaded, teacher, num_tokens, stops, train, held_out, notes)
+    return _Read(past, loaded, teacher, num_tokens, stops, train, held_out, inputs, notes)
 
 
 def _facts(config: Config, read: _Read) -> dict[str, Any]:
@@ -235,13 +263,42 @@ def begin(run: Run) -> None:
 def _open_folder(run: Run) -> None:
     text = configuration.to_toml(run.config)
     if run.is_resumed:
-        # Without a checkpoint even step 0's evaluation is made again.
-        run.folder.rewind(run.start_step or -1)
-        # A kill may have come between the write of the checkpoint and this.
-        prune(run, run.guard)
+        tidy(run)
         run.folder.write_text("config.toml", text)
+        _record_inputs(run)
     else:
+        run.folder.lock()
         RunFolder.create(run.folder.path, text, _environment(run))
+
+
+def tidy(run: Run) -> None:
+    """Forget what came after the checkpoint of a resumed run, and what kills left over.
+
+    Args:
+        run: The run.
+
+    Raises:
+        RunFolderError: The folder cannot be written.
+    """
+    # Without a checkpoint even step 0's evaluation is made again.
+    run.folder.rewind(run.start_step or -1)
+    # A kill may have come between the write of the checkpoint and this.
+    prune(run, run.guard)
+
+
+def _record_inputs(run: Run) -> None:
+    """Keep what a resumed run is made of from now on, and from which step on it is another."""
+    before = run.folder.environment() if run.folder.has_environment() else _environment(run)
+    old: dict[str, str] = before.get("inputs") or {}
+    new = old | run.inputs
+    changed = [name for name in old if old[name] != new[name]]
+    if changed:
+        known = before.get("changed")
+        told = [*(known if isinstance(known, list) else []), {"step": run.start_step}]
+        told[-1]["inputs"] = changed
+        before = {**before, "changed": told}
+    if changed or new != old or not run.folder.has_environment():
+        run.folder.write_environment({**before, "inputs": new})
 
 
 def prune(run: Run, guard: Guard) -> None:
@@ -259,9 +316,16 @@ def prune(run: Run, guard: Guard) -> None:
 
 
 def _agree(
-    config: Config, student: LanguageModel, teacher: LanguageModel | None
+    config: Config,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    own_ids: tuple[int, ...] | None,
 ) -> tuple[int, StopPlan]:
-    """The vocabulary that student and teacher share, and how their stops are scored."""
+    """The vocabulary that student and teacher share, and how their stops are scored.
+
+    `own_ids` are those that the student stopped with before it was trained, where it comes from a
+    checkpoint, which names those of the run.
+    """
     num_tokens = models.shared_vocabulary(student, teacher)
     if needs_served(config):
         # Rows beyond the tokenizer's ids are padding, which the server may not have.
@@ -273,7 +337,7 @@ def _agree(
         )
     served_ids = served_stop_ids(config.teacher) if needs_served(config) else None
     stops = plan_stops(
-        stop_ids_of(student.model, student.tokenizer),
+        own_ids or stop_ids_of(student.model, student.tokenizer),
         served_ids if teacher is None else stop_ids_of(teacher.model, teacher.tokenizer),
         student.tokenizer.eos_token_id,
         config.objective.stop,
@@ -354,10 +418,50 @@ def _optimizer(
         fused=is_fused,  # one pass over the weights and their states instead of ten
     )
     name = "constant_with_warmup" if o.schedule == "constant" else o.schedule
-    scheduler = transformers.get_scheduler(
-        name, optimizer, num_warmup_steps=o.warmup_steps, num_training_steps=config.run.steps
+    total = schedule_steps(config)
+    scheduler: Any = transformers.get_scheduler(
+        name, optimizer, num_warmup_steps=o.warmup_steps, num_training_steps=total
     )
+    if o.schedule_steps:
+        # Past its end a cosine would rise again.
+        scheduler.lr_lambdas = [_ending(f, total) for f in scheduler.lr_lambdas]
     return optimizer, scheduler
+
+
+def _ending(factor: Callable[[int], float], total: int) -> Callable[[int], float]:
+    return lambda step: factor(min(step, total))
+
+
+def _rate_notes(config: Config, past: Past, start_step: int, scheduler: Any) -> list[str]:
+    """What the learning rate will do that the user may not expect."""
+    o, steps, total = config.optimizer, config.run.steps, schedule_steps(config)
+
+    def rate(step: int) -> float:
+        return o.learning_rate * scheduler.lr_lambdas[0](step - 1)
+
+    notes: list[str] = []
+    if o.warmup_steps >= steps:
+        notes.append(
+            f"optimizer.warmup_steps = {o.warmup_steps} and run.steps = {steps}: the learning rate "
+            f"only gets to {rate(steps):g} of {o.learning_rate:g}."
+        )
+    if o.schedule == "constant":
+        return notes
+    old = past.schedule_steps
+    if old is not None and old != total and start_step:
+        was = f" It was {past.last_rate:g} in step {start_step}." if past.last_rate else ""
+        notes.append(
+            f"The {o.schedule} schedule of the learning rate was made for {old} steps and is now "
+            f"stretched over {total}.{was} It is {rate(start_step + 1):g} in step "
+            f"{start_step + 1}. To keep the schedule as it was, press Ctrl-C twice now and go on "
+            f"with --set optimizer.schedule_steps={old}: the rate is 0 after its end."
+        )
+    if total < steps:
+        notes.append(
+            f"The {o.schedule} schedule of the learning rate ends at step {total}: after it the "
+            f"rate is {rate(total + 1):g}, up to step {steps} (optimizer.schedule_steps)."
+        )
+    return notes
 
 
 def eval_settings(config: Config) -> SamplingSettings:
@@ -385,7 +489,7 @@ def _environment(run: Run) -> dict[str, Any]:
         "machine": platform.machine(),
         "num_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "command": sys.argv,
+        "command": _command(sys.argv),
         "seed": run.config.run.seed,
         "num_processes": run.ranks.num,
         "shards": run.ranks.shards,
@@ -395,4 +499,17 @@ def _environment(run: Run) -> dict[str, Any]:
             "teacher_ids": stops.teacher_ids,
             "event_ids": stops.event_ids,
         },
+        "inputs": run.inputs,
     }
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    """The command line without what names a machine or its user: the folder is for sharing.
+
+    What is set is in the configuration.
+    """
+    told: list[str] = []
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        told.append(f"{name}=..." if equals else PurePath(argument).name)
+    return told
