@@ -29,6 +29,8 @@ class FaultServer:
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
         self.url = ""
+        self.is_over = False
+        self.num_flooded = 0
 
 
 @contextlib.contextmanager
@@ -36,7 +38,8 @@ def serving(script: Script, port: int = 0) -> Iterator[FaultServer]:
     """Run a server while the block lasts.
 
     Faults: "hang" (no answer), "drop" (the connection is closed), "half" (the connection is closed
-    in the middle of the answer), "torn" (a whole answer of half a JSON text).
+    in the middle of the answer), "torn" (a whole answer of half a JSON text), "drip" and "drip
+    headers" (byte by byte, without an end), "flood" (an answer without an end).
     """
     server = FaultServer(script)
 
@@ -82,6 +85,20 @@ def serving(script: Script, port: int = 0) -> Iterator[FaultServer]:
                 self.send_header("Content-Length", str(len(data) + 50 * (name == "half")))
                 self.end_headers()
                 self.wfile.write(data)
+            elif name.startswith("drip"):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                if name == "drip":
+                    self.wfile.write(b"1\r\nContent-Length: 1000000\r\n\r\n")
+                while not server.is_over:
+                    self.wfile.write(b" ")
+                    time.sleep(0.02)
+            elif name == "flood":
+                self.send_response(200)
+                self.send_header("Content-Length", str(2**40))
+                self.end_headers()
+                while not server.is_over:
+                    self.wfile.write(b" " * 2**16)
+                    server.num_flooded += 2**16
 
     class Quiet(ThreadingHTTPServer):
         daemon_threads = True
@@ -96,5 +113,6 @@ def serving(script: Script, port: int = 0) -> Iterator[FaultServer]:
         try:
             yield server
         finally:
+            server.is_over = True
             http.shutdown()
             thread.join()

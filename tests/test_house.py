@@ -20,12 +20,13 @@ SRC = ROOT / "src" / "stableopd"
 FILES = sorted(SRC.rglob("*.py"))
 
 # room: (layer, what of the package it may import beside its own room)
-FOUNDATION = {"types", "config", "config_checks", "config_servers", "config_templates"}
+FOUNDATION = {"types", "text", "config", "config_checks", "config_servers", "config_templates"}
 MATHS = FOUNDATION | {"objective", "diagnostics"}
 MODELS = MATHS | {"hidden", "models"}
 DATA = {"rollout", "teacher", "data", "runfolder", "embedded"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
+    "text": set(),
     "config": {"types", "config_checks"},
     "config_checks": {"types", "config", "config_servers", "config_templates"},
     "config_servers": {"types", "config"},
@@ -65,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # What a room may load from outside; rooms not named here may load anything.
 NO_TORCH = {
+    "text",
     "config",
     "config_checks",
     "config_servers",

@@ -107,7 +107,7 @@ def test_a_server_that_is_lost_costs_no_step(world):
 
 
 def test_two_processes_ask_for_their_shares(world, server):
-    """With top-k 1 a rollout is no matter of the draw; the self-test alone is sent twice."""
+    """With top-k 1 a rollout is no matter of the draw; self-test and probes are sent twice."""
     num_asked = []
     rollout = {"top_k": 1, "allow_off_policy_sampling": True}
     with serving(vllm_like(teacher_of(world))) as http:
@@ -118,7 +118,7 @@ def test_two_processes_ask_for_their_shares(world, server):
             assert codes == [0] * num, errors
             num_asked.append(len(http.asked) - before)
     require_same_metrics(metrics_of(world / "both"), metrics_of(world / "one"))
-    assert num_asked[1] == num_asked[0] + 4
+    assert num_asked[1] == num_asked[0] + 4 + 3
 
 
 def test_teachers_by_a_column(world):

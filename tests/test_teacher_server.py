@@ -1,7 +1,10 @@
 """Served teachers: the same numbers as in this process, and every way in which they may fail."""
 
+import dataclasses
 import math
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 
@@ -146,6 +149,12 @@ def put(value):
         (put(math.nan), "which is none or not finite"),
         (put(3.5), "--logprobs-mode"),
         (put("x"), "gave no log-prob of token"),
+        (put(True), "gave no log-prob of token"),
+        (put(None), "gave no log-prob of token"),
+        (put(10**400), "gave no log-prob of token"),
+        (put(-math.inf), "which is none or not finite"),
+        (lambda found: said({"choices": {"0": 1}}), "have no prompt_logprobs"),
+        (lambda found: said({"choices": [{"prompt_logprobs": [5] * 5}]}), "gave no log-prob"),
         (lambda found: said({"message": "max_logprobs is 20"}, 400), "400: max_logprobs is 20"),
     ],
 )
@@ -161,6 +170,78 @@ def test_fewer_likeliest_tokens_than_asked_for():
         server.script = lambda path, body: script(path, {**body, "prompt_logprobs": 2})
         with pytest.raises(ServerError, match="--max-logprobs 8 or more"):
             teacher_at(server.url, top_k=8).judge([((3, 4), (5, 6))])
+
+
+@pytest.mark.parametrize("token", [str(V), str(10**30), "-1", "05", " 5", "\u0665", "x"])
+def test_likeliest_tokens_that_are_none(token):
+    def more(found):
+        for entry in found["choices"][0]["prompt_logprobs"][1:]:
+            entry[token] = {"logprob": -0.01}
+        return said(found)
+
+    with serving(changed(more)) as server, pytest.raises(ServerError, match="token id"):
+        dataclasses.replace(teacher_at(server.url, top_k=2), num_tokens=V).judge([((3,), (5, 6))])
+
+
+NAMES = "choices prompt_logprobs logprob data id root parent max_model_len decoded_token 5 6"
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(NAMES.split()) | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+ENTRIES = st.lists(JSON, min_size=3, max_size=3)
+SCORES = st.dictionaries(
+    st.sampled_from(["5", "6", "7", "99", "x"]),
+    st.fixed_dictionaries({"logprob": st.floats() | st.integers() | JSON}) | JSON,
+    max_size=4,
+)
+ANSWERS = st.one_of(
+    JSON,
+    st.builds(lambda rows: {"choices": [{"prompt_logprobs": rows}]}, ENTRIES),
+    st.builds(
+        lambda rows: {"choices": [{"prompt_logprobs": [None, *rows]}]},
+        st.lists(SCORES, min_size=2, max_size=2),
+    ),
+)
+
+
+@hypothesis.given(ANSWERS, st.sampled_from([0, 2]))
+@hypothesis.settings(max_examples=400, deadline=None)
+def test_any_answer_is_scores_or_one_error(answer, top_k):
+    teacher = dataclasses.replace(teacher_at("http://127.0.0.1:1/v1", top_k=top_k), num_tokens=V)
+    try:
+        judged = teacher._judged(answer, [4, 5, 6], 1)
+        entries = teacher.entries(answer, (4, 5, 6))
+        texts = [teacher.text_of(e, t) for e, t in zip(entries[1:], (5, 6), strict=True)]
+    except ServerError as error:
+        told = str(error)
+    else:
+        told = ""
+        assert all(-9000 < x <= 0 for x in judged.logps)
+        assert all(isinstance(text, str) for text in texts)
+        if top_k:
+            assert judged.top_ids.shape == judged.top_logps.shape == (2, 2)
+            assert ((judged.top_ids >= 0) & (judged.top_ids < V)).all()
+            assert (judged.top_logps <= 0).all()
+    assert told.isprintable()
+
+
+@hypothesis.given(JSON, st.sampled_from(["", "a"]))
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_any_list_of_models_is_one_name_or_one_error(data, wanted):
+    with serving(lambda path, body: said({"data": data})) as server:
+        told = ""
+        try:
+            name, context = find_model(teacher_at(server.url).endpoint, wanted)
+        except (ServerError, ModelError) as error:
+            told = str(error)
+        else:
+            assert name
+            assert context is None or context > 0
+    assert told.isprintable()
 
 
 PROMPTS = [(3, 4, 5, 6), (7, 8, 9)]
@@ -181,6 +262,53 @@ def examine(*scripts):
             self_test(served, make_tokenizer(), PROMPTS)
     assert str(found.value).startswith("teacher: ")
     return str(found.value).replace(two.url, "SECOND")
+
+
+def test_self_test_asks_for_as_many_log_probs_as_the_run_will():
+    """The server refuses what is too much, or gives fewer; both name the option and the number."""
+
+    def limited(path, body, found):
+        asks = body.get("prompt_logprobs", 0)
+        return said({"message": f"{asks} were asked for, at most 4"}, 400) if asks > 4 else None
+
+    def few(path, body):
+        return whole(path, body | {"prompt_logprobs": min(2, body["prompt_logprobs"])})
+
+    whole = vllm_like(make_llama(1))
+    for script in (vllm_like(make_llama(1), change=limited), few):
+        with serving(script) as server:
+            served = ServedTeachers({None: teacher_at(server.url, top_k=8)})
+            with pytest.raises((ModelError, ServerError), match="--max-logprobs 8"):
+                self_test(served, make_tokenizer(), PROMPTS)
+
+
+def test_a_replica_that_changes_is_noticed_behind_the_scores():
+    """Also where its name, its tokens and its connection stay as they were."""
+    models = [vllm_like(make_llama(1, sharp=8)), vllm_like(make_llama(2, sharp=8))]
+    serves = [0]
+    with (
+        serving(lambda path, body: models[serves[0]](path, body)) as one,
+        serving(models[0]) as two,
+    ):
+        served = ServedTeachers({None: teacher_at(one.url, two.url)})
+        self_test(served, make_tokenizer(), PROMPTS)
+        asked = [(None, ((3, 4), (5, 6, EOS)))]
+        served.judge(asked)
+        serves[0] = 1
+        with pytest.raises(ServerError, match="another model") as found:
+            served.judge(asked)
+        assert one.url in str(found.value)
+        serves[0] = 0
+        served.judge(asked)
+
+
+def test_a_replica_that_is_gone_is_passed_by():
+    script = vllm_like(make_llama(1))
+    with serving(script) as one:
+        with serving(script) as two:
+            served = ServedTeachers({None: teacher_at(one.url, two.url)})
+            self_test(served, make_tokenizer(), PROMPTS)
+        served.by_name[None].require_unchanged()
 
 
 def test_self_test_of_replicas_that_differ():

@@ -107,11 +107,18 @@ def url_fault(url: str) -> str:
     Returns:
         The sentence, or "".
     """
+    if not url.isprintable() or " " in url:
+        # urlsplit leaves out some of these, and a key may stand there.
+        return "the address holds a space or a control character; write it as http://host:8000/v1."
     try:
         parts = urlsplit(url)
         port_fault = "" if parts.port is None or parts.port > 0 else "port 0"
-    except ValueError as error:
-        return f"the address is not one ({error}); write it as http://host:8000/v1."
+        host = parts.hostname or ""
+        if ":" not in host:
+            host.encode("idna")
+    except ValueError as error:  # UnicodeError is one
+        told = "no host has this name" if isinstance(error, UnicodeError) else str(error)
+        return f"the address is not one ({told}); write it as http://host:8000/v1."
     if parts.username is not None or parts.password is not None or "@" in url:
         return (
             "the address holds credentials, which would be kept in the run folder; leave them out "

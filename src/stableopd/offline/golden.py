@@ -21,6 +21,7 @@ from stableopd.config_templates import read_template, told_template
 from stableopd.data.grading import grade, grader_of
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.data.templates import give_template
+from stableopd.endpoint import AnswerError, answer_bytes, at, listed, words
 from stableopd.evaluate.store import fingerprint
 from stableopd.models import LanguageModel, shared_vocabulary
 from stableopd.offline.journal import Journal
@@ -271,7 +272,9 @@ class _ServedWriter:
         """N answers to each prompt."""
         path = "/completions" if asked.chat_template == "none" else "/chat/completions"
         bodies = [self._body(prompt, asked, start + i) for i, prompt in enumerate(prompts)]
-        return [self._answers(a, asked) for a in self._endpoint.post_all(path, bodies)]
+        size = answer_bytes(asked.num_samples * asked.max_new_tokens)
+        answers = self._endpoint.post_all(path, bodies, most_bytes=size)
+        return [self._answers(answer, asked) for answer in answers]
 
     def _body(self, prompt: Prompt, asked: Asked, place: int) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -302,17 +305,16 @@ class _ServedWriter:
         return {**body, "prompt": prompt.prompt}
 
     def _answers(self, answer: dict[str, Any], asked: Asked) -> list[Answer]:
-        is_chat = asked.chat_template != "none"
+        path = ("message", "content") if asked.chat_template != "none" else ("text",)
         try:
             found = [
-                (
-                    str((c["message"]["content"] if is_chat else c["text"]) or ""),
-                    c["finish_reason"] == "stop",
-                )
-                for c in answer["choices"]
+                (words(at(choice, *path) or "", path[-1]), at(choice, "finish_reason") == "stop")
+                for choice in listed(at(answer, "choices"), "choices")
             ]
-        except (LookupError, TypeError):
-            found = []
+        except AnswerError as error:
+            raise ServerError(
+                f"{self._endpoint.name}: the answer of {self._endpoint.urls[0]} {error}."
+            ) from None
         if len(found) != asked.num_samples:
             raise ServerError(
                 f"{self._endpoint.name}: {self._endpoint.urls[0]} gave {len(found)} of the "

@@ -11,13 +11,22 @@ every server is asked for it, and a call that met a fresh server is made again.
 from __future__ import annotations
 
 import hashlib
-import math
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableopd.endpoint import Endpoint, root_of
+from stableopd.endpoint import (
+    AnswerError,
+    Endpoint,
+    answer_bytes,
+    at,
+    listed,
+    number,
+    root_of,
+    table,
+    words,
+)
 from stableopd.rollout.sampler import as_rollout, require_tokens
 from stableopd.types import ConfigError, ModelError, Rollout, SamplingSettings, ServerError
 
@@ -41,6 +50,10 @@ IN_FLIGHT = 64
 
 # vLLM's lower bound for a bias on a logit: below any token that it could be drawn beside.
 NEVER = -100.0
+
+
+# Log-probs of drawn tokens: vLLM writes minus infinity as -9999, and rounding may go above 0.
+LEAST, MOST = -9000.0, 1e-3
 
 
 class _Half(Exception):  # noqa: N818 (no error: it is asked for again)
@@ -77,14 +90,16 @@ class VllmSampler:
         Raises:
             ConfigError: An address is none.
         """
-        options: dict[str, Any] = {
-            "api_key": api_key,
-            "timeout_s": timeout_s,
-            "max_in_flight": IN_FLIGHT * len(urls),
-            "name": "rollout.url",
-        }
-        self.endpoint = Endpoint(urls, patience_s=patience_s, **options)
-        self._impatient = Endpoint(urls, patience_s=0.0, **options)
+        self.endpoint = Endpoint(
+            urls,
+            api_key=api_key,
+            timeout_s=timeout_s,
+            patience_s=patience_s,
+            max_in_flight=IN_FLIGHT * len(urls),
+            name="rollout.url",
+            # A run is often resumed together with its servers, which take minutes to start.
+            start_patience_s=patience_s,
+        )
         self.roots = [root_of(url) for url in self.endpoint.urls]
         self.tokenizer = tokenizer
         self.stop_ids = tuple(sorted(set(stop_ids)))
@@ -113,10 +128,12 @@ class VllmSampler:
             self.endpoint.get("/health", url=root)
             try:
                 self._require_extension(root)
-                (about, *_) = self._call(self._impatient, root, "stableopd_about", [])
-                num_rows, context = about["num_tokens"], about["context"]
-                logprobs, dtype = about["logprobs"], about["dtype"]
-            except (ServerError, LookupError, TypeError) as error:
+                (about, *_) = self._rpc(root, "stableopd_about", [], is_patient=False)
+                num_rows = _whole(at(about, "num_tokens"), "num_tokens")
+                context = _whole(at(about, "context"), "context")
+                logprobs = words(at(about, "logprobs"), "logprobs")
+                dtype = words(at(about, "dtype"), "dtype")
+            except (ServerError, AnswerError) as error:
                 raise ModelError(
                     f"rollout.url: the server at {root} cannot take new weights ({error}); start "
                     f"it with {START}."
@@ -129,9 +146,9 @@ class VllmSampler:
                 )
             if logprobs != "processed_logprobs":
                 raise ModelError(
-                    f"rollout.url: the server at {root} gives log-probs as {logprobs}, not of the "
-                    "distribution that it draws from; start it with "
-                    "--logprobs-mode=processed_logprobs."
+                    f"rollout.url: the server at {root} gives log-probs as "
+                    f"{self.endpoint.told(logprobs, 40)}, not of the distribution that it draws "
+                    "from; start it with --logprobs-mode=processed_logprobs."
                 )
             if context < longest:
                 raise ConfigError(
@@ -140,19 +157,20 @@ class VllmSampler:
                 )
             dtypes.add(dtype)
         if len(dtypes) > 1:
+            told = self.endpoint.told(", ".join(sorted(dtypes)))
             raise ConfigError(
-                f"rollout.url: the servers hold weights as {', '.join(sorted(dtypes))}; start all "
-                "of them with one --dtype."
+                f"rollout.url: the servers hold weights as {told}; start all of them with one "
+                "--dtype."
             )
         return dtypes.pop()
 
     def _require_extension(self, root: str) -> None:
         """Find our methods without a call of one: vLLM 0.32 ends when a method is missing."""
         path = "/server_info?config_format=json"
-        settings = self._impatient.get(path, url=root)["vllm_config"]["parallel_config"]
-        name = settings["worker_extension_cls"]
-        if not str(name).endswith(EXTENSION):
-            raise ServerError(f"its worker extension is {name!r}")
+        settings = self.endpoint.get(path, root, is_patient=False)
+        name = at(settings, "vllm_config", "parallel_config", "worker_extension_cls")
+        if not isinstance(name, str) or not name.endswith(EXTENSION):
+            raise ServerError(f"its worker extension is {self.endpoint.told(name, 80)!r}")
 
     def load(self, folder: Path) -> None:
         """Have every server take the weights of a folder, which must stay until the next call.
@@ -170,10 +188,11 @@ class VllmSampler:
         for root in self.roots:
             for told in self._rpc(root, "stableopd_load", [str(self._folder), self._tag]):
                 if told.get("tag") != self._tag:
+                    why = self.endpoint.told(told.get("error", told))
                     raise ServerError(
                         f"rollout.url: the server at {root} could not load the weights in "
-                        f"{self._folder} ({told.get('error', told)}); it must read that folder "
-                        "under the same path: see rollout.weights_dir."
+                        f"{self._folder} ({why}); it must read that folder under the same path: "
+                        "see rollout.weights_dir."
                     )
 
     def token_logps(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
@@ -199,18 +218,18 @@ class VllmSampler:
             "prompt_logprobs": 0,
             "cache_salt": self._tag,
         }
-        answer = self.endpoint.post("/completions", body, url=url)
+        answer = self.endpoint.post("/completions", body, url, most_bytes=answer_bytes(len(ids)))
         try:
-            rows = answer["choices"][0]["prompt_logprobs"]
-            if len(rows) == len(ids):
-                pairs = list(zip(rows, ids, strict=True))[1:]
-                return [float(row[str(i)]["logprob"]) for row, i in pairs]
-        except (LookupError, TypeError, ValueError):
-            pass
-        raise ServerError(
-            f"rollout.url: the server at {url} gives no log-probs of the tokens of a prompt "
-            "(prompt_logprobs), so its weights cannot be checked."
-        )
+            rows = listed(at(answer, "choices", 0, "prompt_logprobs"), "prompt_logprobs")
+            if len(rows) != len(ids):
+                raise AnswerError(f"is about {len(rows)} of {len(ids)} tokens")
+            pairs = list(zip(rows, ids, strict=True))[1:]
+            return [number(at(row, str(i), "logprob"), "a log-prob") for row, i in pairs]
+        except AnswerError as error:
+            raise ServerError(
+                f"rollout.url: the server at {url} gives no log-probs of the tokens of a prompt "
+                f"(prompt_logprobs): its answer {error}; so its weights cannot be checked."
+            ) from None
 
     def sample(
         self,
@@ -300,7 +319,8 @@ class VllmSampler:
         for _ in range(MAX_TRIES):
             open_ = [place for place in range(len(bodies)) if place not in found]
             asked = [bodies[place] for place in open_]
-            answers = self.endpoint.post_all("/completions", asked)
+            sizes = [answer_bytes(body["n"] * body["max_tokens"]) for body in asked]
+            answers = self.endpoint.post_all("/completions", asked, most_bytes=sizes)
             for place, answer in zip(open_, answers, strict=True):
                 try:
                     found[place] = self._read(answer, bodies[place])
@@ -316,23 +336,29 @@ class VllmSampler:
     def _read(
         self, answer: dict[str, Any], body: dict[str, Any]
     ) -> list[tuple[list[int], list[float]]]:
-        choices = answer.get("choices")
-        if not isinstance(choices, list) or len(choices) != body["n"]:
-            raise _Half("another number of completions than was asked for")
         try:
-            choices = sorted(choices, key=lambda choice: choice["index"])
-            return [self._read_choice(choice, body["max_tokens"]) for choice in choices]
-        except (LookupError, TypeError, AttributeError) as error:
-            raise _Half(f"{type(error).__name__}: {error}") from None
+            choices = listed(at(answer, "choices"), "choices")
+            if len(choices) != body["n"]:
+                raise _Half("another number of completions than was asked for")
+            by_index = {_whole(at(choice, "index"), "index"): choice for choice in choices}
+            if sorted(by_index) != list(range(body["n"])):
+                raise _Half("completions with other numbers than 0 to n - 1")
+            return [self._read_choice(by_index[i], body["max_tokens"]) for i in sorted(by_index)]
+        except AnswerError as error:
+            raise _Half(f"an answer {error}") from None
 
     def _read_choice(self, choice: dict[str, Any], budget: int) -> tuple[list[int], list[float]]:
-        ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise _Half(f"finish_reason {choice['finish_reason']!r}")
-        if not ids or len(ids) != len(logps) or not all(isinstance(i, int) for i in ids):
+        ids = [_whole(i, "a token id") for i in listed(at(choice, "token_ids"), "token_ids")]
+        found = listed(at(choice, "logprobs", "token_logprobs"), "token_logprobs")
+        logps = [number(x, "a log-prob") for x in found]
+        reason = words(at(choice, "finish_reason"), "finish_reason")
+        if reason not in ("stop", "length"):
+            raise _Half(f"finish_reason {self.endpoint.told(reason, 40)!r}")
+        if not ids or len(ids) != len(logps):
             raise _Half(f"{len(ids)} token ids and {len(logps)} log-probs")
-        if not all(isinstance(x, int | float) and math.isfinite(x) for x in logps):
-            raise _Half("a log-prob that is no number")
+        above = next((x for x in logps if not LEAST < x <= MOST), None)
+        if above is not None:
+            raise _Half(f"a log-prob of {above:g}")
         wrong = next((i for i in ids if not 0 <= i < self.num_tokens), None)
         if wrong is not None:
             raise ModelError(
@@ -341,24 +367,34 @@ class VllmSampler:
                 "student's."
             )
         stops = [place for place, i in enumerate(ids) if i in self.stop_ids]
-        is_cut = choice["finish_reason"] == "length" and len(ids) == budget and not stops
+        is_cut = reason == "length" and len(ids) == budget and not stops
         if is_cut or stops == [len(ids) - 1]:
-            return ids, logps
+            return ids, [min(x, 0.0) for x in logps]
         raise ModelError(
             f"rollout.url: the server ended a completion of {len(ids)} tokens of {budget} by "
-            f"{choice['finish_reason']!r} at id {ids[-1]}, which is not how it was told to stop "
+            f"{reason!r} at id {ids[-1]}, which is not how it was told to stop "
             f"(ids {list(self.stop_ids)}); start it with {START}."
         )
 
-    def _rpc(self, root: str, method: str, arguments: list[str]) -> list[dict[str, Any]]:
-        return self._call(self.endpoint, root, method, arguments)
-
-    def _call(
-        self, endpoint: Endpoint, root: str, method: str, arguments: list[str]
+    def _rpc(
+        self, root: str, method: str, arguments: list[str], *, is_patient: bool = True
     ) -> list[dict[str, Any]]:
         """Call a method of every worker of a server."""
-        body = {"method": method, "args": arguments, "timeout": endpoint.timeout_s}
-        results = endpoint.post("/collective_rpc", body, url=root).get("results")
-        if not results or not all(isinstance(result, dict) for result in results):
-            raise ServerError(f"rollout.url: {root}/collective_rpc answered {results!r:.200}.")
-        return results
+        body = {"method": method, "args": arguments, "timeout": self.endpoint.timeout_s}
+        answer = self.endpoint.post("/collective_rpc", body, root, is_patient=is_patient)
+        try:
+            results = listed(at(answer, "results"), "results")
+            if results:
+                return [table(result, "a result") for result in results]
+            raise AnswerError("has no result")
+        except AnswerError as error:
+            raise ServerError(
+                f"rollout.url: the answer of {root}/collective_rpc {error}: "
+                f"{self.endpoint.told(answer, 200)}"
+            ) from None
+
+
+def _whole(value: Any, what: str) -> int:
+    if type(value) is not int:
+        raise AnswerError(f"has no whole number as {what}")
+    return value

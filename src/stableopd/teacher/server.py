@@ -14,19 +14,32 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopd.endpoint import Endpoint
+from stableopd.endpoint import (
+    AnswerError,
+    Endpoint,
+    answer_bytes,
+    at,
+    listed,
+    number,
+    table,
+    words,
+)
 from stableopd.types import ModelError, ServerError
 
 __all__ = ["Item", "Judged", "ServedTeacher", "ServedTeachers", "find_model"]
 
 # Token ids of a prompt and of its completion.
 Item = tuple[Sequence[int], Sequence[int]]
+
+# Mean difference of log-probs in nats that is no rounding (design): bfloat16 on different batches
+# moves single log-probs by some 0.01, and advantages are about 0.1 a token.
+TOLERANCE = 0.05
 
 # vLLM writes minus infinity, which JSON has no word for, as -9999.
 LEAST = -9000.0
@@ -58,15 +71,23 @@ class ServedTeacher:
         model: Its name there.
         event_ids: Ids whose log-probs are added up at a stop; empty scores a stop as its one id.
         top_k: Likeliest ids to ask for at each position; 0 asks for the tokens themselves alone.
+        num_tokens: Size of the vocabulary that student and teacher share; None where it is not
+            known.
+        probes: Token ids and what each replica said of them at the start, by its address; the
+            self-test fills it. Empty compares nothing later.
     """
 
     endpoint: Endpoint
     model: str
     event_ids: tuple[int, ...] = ()
     top_k: int = 0
+    num_tokens: int | None = None
+    probes: dict[str, tuple[list[int], list[float]]] = field(
+        default_factory=dict[str, tuple[list[int], list[float]]]
+    )
 
     def judge(self, items: Sequence[Item]) -> list[Judged]:
-        """Score completions.
+        """Score completions, then compare what replicas say of their probes with the start.
 
         Args:
             items: Prompts of one token or more, each with its completion.
@@ -75,13 +96,14 @@ class ServedTeacher:
             What the teacher says of each.
 
         Raises:
-            ServerError: It does not answer, or not with log-probs of these tokens.
+            ServerError: It does not answer, or not with log-probs of these tokens; or a replica
+                has other weights than at the start.
         """
         whole = [[*prompt, *completion] for prompt, completion in items]
         # (item, place in its completion): the sequence up to there with another stop at its end.
         endings = [
-            (number, place, [*whole[number][: len(prompt) + place], other])
-            for number, (prompt, completion) in enumerate(items)
+            (row, place, [*whole[row][: len(prompt) + place], other])
+            for row, (prompt, completion) in enumerate(items)
             for place, token in enumerate(completion)
             if token in self.event_ids
             for other in self.event_ids
@@ -96,10 +118,14 @@ class ServedTeacher:
             ids = endings[place - len(whole)][2]
             return self._judged(answer, ids, len(ids) - 1, is_ending=True)
 
-        judged = self.endpoint.post_all("/completions", bodies, read)
+        sizes = [answer_bytes(len(ids), self.top_k) for ids in whole]
+        sizes += [answer_bytes(len(ids)) for _, _, ids in endings]
+        judged = self.endpoint.post_all("/completions", bodies, read, most_bytes=sizes)
+        # Behind the scores: had it changed before them, or among them, it shows now.
+        self.require_unchanged()
         logps = [list(one.logps) for one in judged[: len(whole)]]
-        for (number, place, _), other in zip(endings, judged[len(whole) :], strict=True):
-            logps[number][place] = _logaddexp(logps[number][place], other.logps[0])
+        for (row, place, _), other in zip(endings, judged[len(whole) :], strict=True):
+            logps[row][place] = _logaddexp(logps[row][place], other.logps[0])
         return [
             dataclasses.replace(one, logps=tuple(values))
             for one, values in zip(judged, logps, strict=False)
@@ -116,6 +142,69 @@ class ServedTeacher:
             "prompt_logprobs": top_k,
         }
 
+    def score(
+        self, prompt: Sequence[int] | str, url: str, top_k: int = 0, *, is_patient: bool = True
+    ) -> dict[str, Any]:
+        """Have one replica score one sequence.
+
+        Args:
+            prompt: Token ids or text.
+            url: The replica.
+            top_k: Likeliest ids to ask for at each position.
+            is_patient: Whether to ask again where it does not answer.
+
+        Returns:
+            The answer, for `entries`.
+
+        Raises:
+            ServerError: It does not answer.
+        """
+        size = answer_bytes(len(prompt), top_k)
+        body = self.body(prompt, top_k)
+        return self.endpoint.post("/completions", body, url, most_bytes=size, is_patient=is_patient)
+
+    def require_unchanged(self) -> None:
+        """Compare what each replica says of its probe with what it said at the start.
+
+        A server that was started again may serve another model under the same name, and none of
+        its answers would tell.
+
+        Raises:
+            ServerError: A replica says something else, or the only one does not answer.
+        """
+        is_only = len(self.probes) == 1
+        for url, (ids, wanted) in self.probes.items():
+            try:
+                answer = self.score(ids, url, is_patient=is_only)
+            except ServerError:
+                if is_only:
+                    raise
+                continue  # it is asked behind the next scores again, which may need it
+            found = self.token_logps(answer, ids)
+            gap = sum(abs(a - b) for a, b in zip(found, wanted, strict=True)) / len(wanted)
+            if not gap <= TOLERANCE:
+                raise ServerError(
+                    f"{self.endpoint.name}: {url} scores the same {len(wanted)} tokens otherwise "
+                    f"than at the start, by {gap:.3f} nats on average (at most {TOLERANCE} can be "
+                    "rounding): another model is served there now; serve the first one again."
+                )
+
+    def token_logps(self, answer: Mapping[str, Any], ids: Sequence[int]) -> list[float]:
+        """What an answer says of all tokens of a sequence but the first.
+
+        Args:
+            answer: As it came.
+            ids: What was sent.
+
+        Returns:
+            Nats.
+
+        Raises:
+            ServerError: It is not about these tokens.
+        """
+        entries = self.entries(answer, ids)[1:]
+        return [self.entry(entry, token) for entry, token in zip(entries, ids[1:], strict=True)]
+
     def entries(self, answer: Mapping[str, Any], ids: Sequence[int] | None) -> list[Any]:
         """What an answer says of each token of a sequence; of its first token it is None.
 
@@ -129,19 +218,18 @@ class ServedTeacher:
         Raises:
             ServerError: There is nothing of the kind in the answer, or of another length.
         """
+        path = ("choices", 0, "prompt_logprobs")
         try:
-            found = answer["choices"][0]["prompt_logprobs"]
-        except (LookupError, TypeError):
-            found = None
-        if not isinstance(found, list):
+            found = listed(at(answer, *path), path[-1])
+        except AnswerError:
             raise ServerError(
-                f"{self.endpoint.name}: the answers of {self.endpoint.urls[0]} have no "
-                "prompt_logprobs; serve the teacher with vLLM, or another server that has them."
-            )
+                f"{self._who}: its answers have no prompt_logprobs; serve the teacher with vLLM, "
+                "or another server that has them."
+            ) from None
         if ids is not None and len(found) != len(ids):
             raise ServerError(
-                f"{self.endpoint.name}: {self.endpoint.urls[0]} scored {len(found)} of the "
-                f"{len(ids)} tokens that were sent; it must not cut prompts off."
+                f"{self._who} scored {len(found)} of the {len(ids)} tokens that were sent; it "
+                "must not cut prompts off."
             )
         return found
 
@@ -159,20 +247,42 @@ class ServedTeacher:
             ServerError: There is none, or it is no log-prob.
         """
         try:
-            value = float(entry[str(token)]["logprob"])
-        except (LookupError, TypeError, ValueError):
+            value = number(at(entry, str(token), "logprob"), "a log-prob")
+        except AnswerError as error:
             raise ServerError(
-                f"{self.endpoint.name}: {self.endpoint.urls[0]} gave no log-prob of token {token}, "
-                "which was sent to it; it must serve prompt_logprobs by token id."
+                f"{self._who} gave no log-prob of token {token}, which was sent to it (the answer "
+                f"{error}); it must serve prompt_logprobs by token id."
             ) from None
-        return self._checked(value)
+        return self._checked(value, LEAST)
 
-    def _checked(self, value: float) -> float:
-        if not LEAST < value <= MOST:  # written so that nan fails as well
+    def text_of(self, entry: Any, token: int) -> str:
+        """The text that a token stands for at the server; "" where it does not say it.
+
+        Args:
+            entry: One of `entries`.
+            token: The token that was sent.
+
+        Returns:
+            The text.
+
+        Raises:
+            ServerError: It is none.
+        """
+        try:
+            found = table(at(entry, str(token)), "an entry").get("decoded_token")
+            return "" if found is None else words(found, "decoded_token")
+        except AnswerError as error:
+            raise ServerError(f"{self._who}: what it says of token {token} {error}.") from None
+
+    @property
+    def _who(self) -> str:
+        return f"{self.endpoint.name}: {self.endpoint.urls[0]}"
+
+    def _checked(self, value: float, least: float) -> float:
+        if not least < value <= MOST:  # written so that nan fails as well
             raise ServerError(
-                f"{self.endpoint.name}: {self.endpoint.urls[0]} gave {value:g} as a log-prob, "
-                "which is none or not finite; check its weights, and that it was not started with "
-                "a --logprobs-mode of logits."
+                f"{self._who} gave {value:g} as a log-prob, which is none or not finite; check "
+                "its weights, and that it was not started with a --logprobs-mode of logits."
             )
         return min(value, 0.0)
 
@@ -186,27 +296,56 @@ class ServedTeacher:
         )
         if not self.top_k or is_ending:
             return Judged(logps)
-        rows = [self._top(entry) for entry in entries]
+        rows = [self.likeliest(entry) for entry in entries]
         return Judged(
             logps,
             np.array([[token for _, token in row] for row in rows], dtype=np.int64),
             np.array([[-cost for cost, _ in row] for row in rows], dtype=np.float32),
         )
 
-    def _top(self, entry: Mapping[str, Any]) -> list[tuple[float, int]]:
-        """Minus the log-prob, and the id, of the likeliest tokens of a position."""
+    def likeliest(self, entry: Any) -> list[tuple[float, int]]:
+        """Minus the log-prob, and the id, of the `top_k` likeliest tokens of a position.
+
+        Args:
+            entry: One of `entries`.
+
+        Returns:
+            `top_k` of them, the likeliest first.
+
+        Raises:
+            ServerError: There are fewer, or they are none.
+        """
         try:
-            found = sorted((-float(x["logprob"]), int(token)) for token, x in entry.items())
-        except (LookupError, TypeError, ValueError):
-            found = []
+            found = sorted(
+                (-self._likely(at(x, "logprob")), self._id(token))
+                for token, x in table(entry, "a position").items()
+            )
+        except AnswerError as error:
+            raise ServerError(f"{self._who}: what it says of a position {error}.") from None
         if len(found) < self.top_k:
             raise ServerError(
-                f"{self.endpoint.name}: {self.endpoint.urls[0]} gave {len(found)} of the "
-                f"{self.top_k} likeliest tokens that were asked for; start it with --max-logprobs "
-                f"{self.top_k} or more."
+                f"{self._who} gave {len(found)} of the {self.top_k} likeliest tokens that were "
+                f"asked for; start it with --max-logprobs {self.top_k} or more."
             )
-        # Unlike that of a token that was drawn, the log-prob of one of these may be -inf.
         return found[: self.top_k]
+
+    def _likely(self, value: Any) -> float:
+        # Unlike that of a token that was drawn, the log-prob of one of these may be -inf.
+        found = number(value, "a log-prob")
+        return -math.inf if found <= 10 * LEAST else self._checked(found, -math.inf)
+
+    def _id(self, token: str) -> int:
+        """A token id that is a key of an object, and stands in the vocabulary."""
+        if not (token.isascii() and token.isdigit() and len(token) <= 10):
+            raise AnswerError(f"has {self.endpoint.told(token, 40)!r} as a token id")
+        found = int(token)
+        if str(found) != token or found >= (2**31 if self.num_tokens is None else self.num_tokens):
+            models = "" if self.num_tokens is None else f" of the {self.num_tokens} of the student"
+            raise AnswerError(
+                f"has {token} as a likely token id, which is none{models}; serve a teacher that "
+                "shares the student's tokenizer, or leave objective.top_k out"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -258,19 +397,19 @@ def find_model(endpoint: Endpoint, wanted: str) -> tuple[str, int | None]:
 
     Raises:
         ModelError: A replica does not serve it, or serves several and none is wanted.
+        ServerError: A replica does not answer, or not with a list of models.
     """
     contexts: list[int] = []
     name = wanted
     for url in endpoint.urls:
-        data = endpoint.get("/models", url).get("data")
-        cards = [card for card in data if card.get("id")] if isinstance(data, list) else []
+        cards = _cards(endpoint, url)
         # An adapter names its base as its parent, and another name of a model shares its root.
         bases = [card for card in cards if not card.get("parent")]
         names = [str(card["id"]) for card in cards]
         if not name and len({str(card.get("root") or card["id"]) for card in bases}) == 1:
             name = str(bases[0]["id"])
         if not name or (names and name not in names):
-            served = ", ".join(map(repr, names)) or "no model"
+            served = endpoint.told(", ".join(map(repr, names)) or "no model")
             asked = f", not {name!r}" if name else ""
             raise ModelError(
                 f"{endpoint.name}: {url} serves {served}{asked}; give the name of one of these "
@@ -278,5 +417,19 @@ def find_model(endpoint: Endpoint, wanted: str) -> tuple[str, int | None]:
             )
         # One token is generated, as servers want that.
         lengths = [card.get("max_model_len") for card in cards if card["id"] == name]
-        contexts += [length - 1 for length in lengths if isinstance(length, int)]
+        contexts += [length - 1 for length in lengths if type(length) is int and length > 1]
     return name, min(contexts, default=None)
+
+
+def _cards(endpoint: Endpoint, url: str) -> list[dict[str, Any]]:
+    """What a replica says of the models that it serves; each has a name."""
+    answer = endpoint.get("/models", url)
+    try:
+        cards = [table(card, "a model") for card in listed(answer.get("data") or [], "data")]
+        for card in cards:
+            for key in ("id", "root", "parent"):
+                if card.get(key) is not None:
+                    words(card[key], key)
+    except AnswerError as error:
+        raise ServerError(f"{endpoint.name}: the list of models of {url} {error}.") from None
+    return [card for card in cards if card.get("id")]

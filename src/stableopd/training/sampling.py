@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from stableopd.config import Config
+from stableopd.endpoint import read_key
 from stableopd.models import LanguageModel, head_of
 from stableopd.rollout.sampler import TransformersSampler
 from stableopd.rollout.stops import StopPlan
@@ -16,7 +16,7 @@ from stableopd.training.data import Problems
 from stableopd.training.ranks import Ranks
 from stableopd.training.serving import ServedSampler
 from stableopd.training.sharding import gathered
-from stableopd.types import ConfigError, Rollout, SamplingSettings
+from stableopd.types import Rollout, SamplingSettings
 
 __all__ = ["Sampler", "SpreadSampler", "make_samplers"]
 
@@ -78,7 +78,7 @@ def make_samplers(
         Both; a server has not been asked for anything yet.
 
     Raises:
-        ConfigError: `rollout.api_key_env` names a variable that is not set.
+        ConfigError: `rollout.api_key_env` names a variable that is not set or holds no key.
     """
     r = config.rollout
     if r.engine != "vllm":
@@ -107,18 +107,13 @@ def _client(
     config: Config, student: LanguageModel, stops: StopPlan, num_tokens: int
 ) -> VllmSampler:
     r = config.rollout
-    if r.api_key_env and r.api_key_env not in os.environ:
-        raise ConfigError(
-            f"rollout.api_key_env = {r.api_key_env!r}: there is no such environment variable; set "
-            "it to the servers' key, or leave the field out."
-        )
     return VllmSampler(
         tuple(r.url),
         student.tokenizer,
         stops.decode_ids,
         num_tokens,
         head_of(student.model).weight_VD.shape[0],
-        api_key=os.environ[r.api_key_env] if r.api_key_env else None,
+        api_key=read_key(r.api_key_env, "the rollouts' server"),
         timeout_s=r.timeout_s,
         patience_s=r.patience_s,
     )

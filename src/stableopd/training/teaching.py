@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,12 +11,12 @@ import transformers
 
 from stableopd.config import Config, TeacherConfig
 from stableopd.config_servers import tokenizer_source
-from stableopd.endpoint import Endpoint
+from stableopd.endpoint import Endpoint, read_key
 from stableopd.models import LanguageModel, require_same_vocabulary
 from stableopd.rollout.stops import StopPlan, stop_ids_of
 from stableopd.teacher.server import ServedTeacher, ServedTeachers, find_model
 from stableopd.training.loading import needs_teacher
-from stableopd.types import ConfigError, ModelError
+from stableopd.types import ModelError
 
 __all__ = ["Teaching", "find_teaching", "needs_served", "open_endpoint", "served_stop_ids"]
 
@@ -77,17 +76,11 @@ def open_endpoint(teacher: TeacherConfig, urls: Many[str], name: str) -> Endpoin
         The client; nothing has been asked yet.
 
     Raises:
-        ConfigError: The key's environment variable is not set.
+        ConfigError: The key's environment variable is not set, or does not hold a key.
     """
-    key = os.environ.get(teacher.api_key_env) if teacher.api_key_env else None
-    if teacher.api_key_env and not key:
-        raise ConfigError(
-            f"the environment variable {teacher.api_key_env!r}, which is to hold the key of the "
-            "teacher's server, is not set; set it, or name none."
-        )
     return Endpoint(
         urls,
-        api_key=key,
+        api_key=read_key(teacher.api_key_env, "the teacher's server"),
         timeout_s=teacher.timeout_s,
         patience_s=teacher.patience_s,
         max_in_flight=teacher.max_in_flight,
@@ -139,7 +132,7 @@ def find_teaching(
         # `model` names the default teacher: the others are other models, one at each address.
         model, context = find_model(endpoint, t.model if name is None else "")
         contexts += [context] if context else []
-        found[name] = ServedTeacher(endpoint, model, stops.event_ids, top_k)
+        found[name] = ServedTeacher(endpoint, model, stops.event_ids, top_k, num_tokens)
     return Teaching(tokenizer, min(contexts, default=None), ServedTeachers(found))
 
 
