@@ -63,7 +63,7 @@ class TeacherConfig:
     stop_ids: tuple[int, ...] = ()  # what it stops with, where there is no such folder
     api_key_env: str = ""  # name of the environment variable that holds the key; "": none is sent
     max_in_flight: int = 32  # untuned: requests under way at once, of one process to one teacher
-    timeout_s: float = 300.0  # untuned: for one answer, queueing at the server among it
+    timeout_s: float = 300.0  # untuned: for one full answer, queueing at the server among it
     patience_s: float = 600.0  # untuned: a server may be started again within this
 
 
