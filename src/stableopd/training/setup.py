@@ -7,7 +7,7 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,8 +16,8 @@ import transformers
 from accelerate import Accelerator
 from torch import Tensor
 
+from stableopd import __version__, models
 from stableopd import config as configuration
-from stableopd import models
 from stableopd.config import Config, ObjectiveConfig
 from stableopd.config_checks import RAISING
 from stableopd.models import LanguageModel
@@ -479,11 +479,20 @@ def eval_settings(config: Config) -> SamplingSettings:
     )
 
 
+def _version(package: str) -> str | None:
+    """The version that is installed; None of one that is imported from elsewhere, or missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _environment(run: Run) -> dict[str, Any]:
     stops = run.stops
-    packages = ("stableopd", "torch", "transformers", "accelerate", "datasets", "math-verify")
+    packages = ("torch", "transformers", "accelerate", "datasets", "math-verify")
+    versions = {"stableopd": __version__} | {name: _version(name) for name in packages}
     return {
-        "packages": {name: version(name) for name in packages},
+        "packages": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
