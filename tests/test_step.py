@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from stableopd.config import load
 from stableopd.rollout.sampler import TransformersSampler
 from stableopd.teacher.local import FrozenModel
+from stableopd.training.devices import clock
 from stableopd.training.loop import train
 from stableopd.training.setup import prepare
 from stableopd.training.step import step
@@ -37,6 +38,13 @@ def test_scoring_time_is_that_of_all_updates(monkeypatch):
     two = objective("opd", updates_per_batch=2)
     both = run(players(model(0), model(1)), work(two), micro_batch_tokens=10**6)
     assert (one.score_s, both.score_s) == (1.0, 2.0)
+
+
+def test_the_clock_waits_for_a_device_that_computes_by_itself(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    assert clock(torch.device("cpu")) <= clock(torch.device("cuda", 1))
+    assert waited == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from stableopd.training.ranks import Ranks, shared
 from stableopd.types import ConfigError
 
-__all__ = ["Layout", "dtype_of", "lay_out", "make_accelerator", "require_one_process"]
+__all__ = [
+    "Layout",
+    "clock",
+    "dtype_of",
+    "lay_out",
+    "make_accelerator",
+    "require_one_process",
+]
 
 DTYPES = {
     "float64": torch.float64,
@@ -172,3 +180,20 @@ def dtype_of(name: str, role: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if role == "teacher" and device.type == "cuda" else torch.float32
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of a clock, read when the device has computed all that it was given.
+
+    A GPU computes while Python runs ahead; its time would otherwise count where Python happens to
+    wait for a result.
+
+    Args:
+        device: Where the models are.
+
+    Returns:
+        Seconds since some moment.
+    """
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -8,13 +8,13 @@ micro-batches changes nothing but memory, and neither does the split into proces
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
 
 from stableopd.config import ObjectiveConfig
 from stableopd.training.batch import micro_batches, rollout_sequences
+from stableopd.training.devices import clock
 from stableopd.training.ranks import ALONE, Ranks, shared
 from stableopd.training.sharding import whole
 from stableopd.training.terms import Players, Tally, Work, merged, terms_of
@@ -74,7 +74,8 @@ def step(
         TrainingError: A loss, a gradient or a log-prob is not finite; the student is unchanged by
             the update in which that was seen.
     """
-    start = time.perf_counter()
+    device = players.stop_ids.device
+    start = clock(device)
     objective = work.objective
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     old_logps: list[list[float]] | None = None
@@ -104,7 +105,7 @@ def step(
         advantages=tuple(first.per_rollout.get("advantage", empty)),
         token_means={k: v / max(1, first.num_tokens) for k, v in first.sums.items()},
         score_s=score_s,
-        update_s=time.perf_counter() - start - score_s,
+        update_s=clock(device) - start - score_s,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from stableopd.objective.heads import Against, Head
 from stableopd.objective.logprobs import score_tokens
 from stableopd.teacher.local import FrozenModel
 from stableopd.training.batch import collate
+from stableopd.training.devices import clock
 from stableopd.training.opinions import Opinion, opinion, teacher_against
 from stableopd.types import Batch, Rollout, Scores, Sequence, StopReason, TrainingError
 
@@ -219,9 +219,9 @@ def terms_of(
     batch, against = None, []
     if rollouts:
         batch = collate(rollouts, players.pad_id, device)
-        start = time.perf_counter()
+        start = clock(device)
         against = _others(players, work, batch)
-        tally.score_s += time.perf_counter() - start
+        tally.score_s += clock(device) - start
     whole = collate([*rollouts, *golden], players.pad_id, device)
     num_tokens = sum(len(s.completion_ids) for s in rollouts)
     terms: dict[str, Tensor] = {}
