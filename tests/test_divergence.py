@@ -24,7 +24,8 @@ LOG2 = math.log(2.0)
 
 def logits(n=6, v=7, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(n, v, generator=generator, dtype=torch.float64)
+    made = torch.randn(n, v, generator=generator, dtype=torch.float64, device="cpu")
+    return scale * made.to(torch.get_default_device())
 
 
 def log_of(*rows):
@@ -246,7 +247,7 @@ def test_k3_is_exact_for_small_differences_and_never_negative():
 @pytest.mark.parametrize("estimator", [k1, k2, k3])
 def test_estimators_gradcheck(estimator):
     generator = torch.Generator().manual_seed(0)
-    own, other = -torch.rand(2, 9, generator=generator, dtype=torch.float64)
+    own, other = -torch.rand(2, 9, generator=generator, dtype=torch.float64, device="cpu")
     assert torch.autograd.gradcheck(estimator, (own.requires_grad_(), other.requires_grad_()))
 
 

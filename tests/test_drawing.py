@@ -14,7 +14,9 @@ LAST = 1 - 2**-53  # the largest uniform number below 1
 
 
 def uniform(rows: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.rand(rows, dtype=torch.float64, generator=generator, device="cpu")
+    return made.to(torch.get_default_device())
 
 
 def dense(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -19,7 +19,8 @@ HEADS = list(itertools.product([False, True], [False, True], [None, 1.5], [1.0, 
 
 def rand(*shape, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    made = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return scale * made.to(torch.get_default_device())
 
 
 def leaf(tensor):
@@ -365,7 +366,7 @@ def test_low_precision_weights_give_float32_results(elements):
 def test_chunks_under_autocast_equal_one_piece_under_autocast():
     def run(elements):
         hidden, weight = leaf(rand(N, D).float()), leaf(rand(V, D, seed=1).float())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(hidden.device.type, torch.bfloat16):
             found = score(hidden, Head(weight), [5], chunk_elements=elements)
         found.logp_N.sum().backward()
         return found.logp_N.detach(), hidden.grad

@@ -29,11 +29,14 @@ agreement = functools.partial(top_k_agreement, k=6)
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")
+    return made.to(torch.get_default_device())
 
 
 def targets():
-    target_N = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    target_N = torch.randint(V, (N,), generator=generator, device="cpu").to(STOPS.device)
     target_N[:3] = STOPS
     return target_N
 
@@ -198,7 +201,7 @@ def test_half_precision_equals_that_of_chunks(mixed):
     def run(way, **size):
         hidden = rand(N, D).float().requires_grad_()
         weight = rand(V, D, seed=1).to(torch.float32 if mixed else torch.bfloat16).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=mixed):
             found = way(hidden, Head(weight), targets(), stop_ids=STOPS, stop_is_event=True, **size)
         assert found.logp_N.dtype == torch.float32
         found.logp_N.sum().backward()
