@@ -28,8 +28,8 @@ FLAT = 1.25
 
 
 def dense(hidden_ND, weight_VD, other_ND, other_VD, target_N):
-    logp_NV = torch.log_softmax(hidden_ND @ weight_VD.T, -1)
-    other_NV = torch.log_softmax(other_ND @ other_VD.T, -1)
+    logp_NV = torch.log_softmax((hidden_ND @ weight_VD.T).float(), -1)
+    other_NV = torch.log_softmax((other_ND @ other_VD.T).float(), -1)
     kl_N = (logp_NV.exp() * (logp_NV - other_NV)).sum(-1)
     return logp_NV.gather(1, target_N[:, None])[:, 0], kl_N
 

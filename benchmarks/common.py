@@ -165,7 +165,10 @@ class Clock:
     cpu_s: float
 
     @classmethod
-    def now(cls) -> Clock:
+    def now(cls, device: str = "cpu") -> Clock:
+        """Read both; of a GPU, when it has computed all that it was given."""
+        if device == "cuda":
+            _cuda().synchronize()
         return cls(time.perf_counter(), time.process_time())
 
     def since(self, start: Clock, count: int = 1) -> dict[str, float]:
@@ -177,14 +180,22 @@ class Clock:
 
 
 class Memory:
-    """Peak resident memory of this process above its level when this is made.
+    """Peak memory above its level when this is made: resident memory of this process, or a GPU's.
 
     The kernel's peak is set back to the level then, so that loading does not count. Memory that
-    was freed before, and would hide growth, is handed back first.
+    was freed before, and would hide growth, is handed back first. Of a GPU it is what torch has
+    allocated for tensors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         gc.collect()
+        self.device = device
+        if device == "cuda":
+            _cuda().synchronize()
+            _cuda().empty_cache()
+            _cuda().reset_peak_memory_stats()
+            self.level_mb = _cuda().memory_allocated() / 1e6
+            return
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
@@ -194,8 +205,15 @@ class Memory:
 
     def grown(self) -> dict[str, float]:
         """Peak above the level, and the peak itself, in MB (10^6 bytes)."""
-        peak_mb = _status_mb("VmHWM")
+        on_gpu = self.device == "cuda"
+        peak_mb = _cuda().max_memory_allocated() / 1e6 if on_gpu else _status_mb("VmHWM")
         return {"memory_mb": peak_mb - self.level_mb, "process_mb": peak_mb}
+
+
+def _cuda() -> Any:
+    import torch
+
+    return torch.cuda
 
 
 def _status_mb(name: str) -> float:

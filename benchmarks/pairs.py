@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from common import FOLDER, ROOT
+from sizing_models import MODELS, Shape
 
 PAD, STOP, FIRST = 0, 1, 2
 NEVER = -60.0
@@ -40,6 +41,8 @@ class World:
         rollouts: In a step, of `rollouts // 4` prompts (the paper has four a prompt).
         new_tokens: Of each rollout, and of each golden solution with its stop.
         stop_every: Mean tokens between two stops of the student; 0: it never stops.
+        shapes: Of student and teacher where they are Qwen3's, with weights as transformers draws
+            them: the stop id is then as likely as any other.
     """
 
     name: str
@@ -48,6 +51,7 @@ class World:
     rollouts: int
     new_tokens: int
     stop_every: int = 0
+    shapes: tuple[Shape, Shape] | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -57,6 +61,9 @@ class World:
     def folder(self) -> Path:
         return FOLDER / self.name
 
+
+TINY = Shape("tiny", 2, 32, 64, 4, 2, 8, 512, True, normed=True)
+QWEN3 = MODELS["Qwen3-0.6B"], MODELS["Qwen3-1.7B"]
 
 WORLDS = {
     world.name: world
@@ -68,6 +75,8 @@ WORLDS = {
         World("small-ragged", 32_768, (128, 256), 32, 256, 88),
         World(SMOLLM2, 0, (576, 576), 8, 96),
         World("smollm2-ragged", 0, (576, 576), 32, 64, 20),
+        World("qwen3-tiny", 512, (32, 32), 4, 8, shapes=(TINY, TINY)),
+        World("qwen3", 151_936, (1_024, 2_048), 64, 128, shapes=QWEN3),
     )
 }
 
@@ -111,8 +120,11 @@ def _write_problems(world: World, rows: list[dict[str, str]]) -> None:
 def _make_small(world: World) -> bool:
     tokenizer = _tokenizer(world.vocabulary)
     for seed, (role, width) in enumerate(zip(("student", "teacher"), world.widths, strict=True)):
-        model = _llama(world.vocabulary, width, seed)
-        _set_stop(model, 1 / world.stop_every if world.stop_every else 0.0)
+        if world.shapes:
+            model = qwen3(world.shapes[seed], seed)
+        else:
+            model = _llama(world.vocabulary, width, seed)
+            _set_stop(model, 1 / world.stop_every if world.stop_every else 0.0)
         model.save_pretrained(world.folder / role)
         tokenizer.save_pretrained(world.folder / role)
     draw = random.Random(world.name)
@@ -158,6 +170,31 @@ def _llama(vocabulary: int, width: int, seed: int) -> Any:
         eos_token_id=STOP,
     )
     model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = STOP
+    return model
+
+
+def qwen3(shape: Shape, seed: int) -> Any:
+    """A Qwen3 in bfloat16 with random weights, made on a GPU where there is one."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=4096,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=STOP,
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = STOP
     return model
 

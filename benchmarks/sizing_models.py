@@ -145,6 +145,8 @@ MODELS = {
         _qwen2("Qwen2.5-0.5B", 24, 896, 4_864, 14, 2),
         _qwen2("Qwen2.5-1.5B", 28, 1_536, 8_960, 12, 2),
         _qwen2("Qwen2.5-7B", 28, 3_584, 18_944, 28, 4, vocabulary=152_064, tied=False),
+        Shape("Qwen3-0.6B", 28, 1_024, 3_072, 16, 8, 128, 151_936, True, normed=True),
+        Shape("Qwen3-1.7B", 28, 2_048, 6_144, 16, 8, 128, 151_936, True, normed=True),
         Shape("Qwen3-4B", 36, 2_560, 9_728, 32, 8, 128, 151_936, True, normed=True),
         Shape("Qwen3-32B", 64, 5_120, 25_600, 64, 8, 128, 151_936, False, normed=True),
         _llama("Llama-3.1-8B", 32, 4_096, 14_336, 32),

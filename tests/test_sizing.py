@@ -39,6 +39,9 @@ PLAN = held.Plan(
         # Published counts of weights (safetensors metadata); cache by hand, 4 layers keys.
         ("135M", 134_515_008, 4 * 30 * 192),
         ("Qwen2.5-0.5B", 494_032_768, 4 * 24 * 128),
+        # Less the tied head, which their files hold twice.
+        ("Qwen3-0.6B", 751_632_384 - 155_582_464, 4 * 28 * 1_024),
+        ("Qwen3-1.7B", 2_031_739_904 - 311_164_928, 4 * 28 * 1_024),
         ("1.5B", 1_543_714_304, 28_672),
         ("7B", 7_615_616_512, 57_344),
         ("4B", 4_022_468_096, 147_456),
