@@ -5,7 +5,7 @@ PY    := $(VENV)/bin/python
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-recipes test-slow verl vllm lint types format bench reproduce smollm2 wheel clean
+.PHONY: help demo test test-recipes test-slow verl vllm lint types format bench gpu-wheels gpu-check reproduce smollm2 wheel clean
 
 help:
 	@echo "make demo    OPD collapses, StableOPD does not: both, live, in a minute or two"
@@ -13,6 +13,7 @@ help:
 	@echo "make verl    the tests inside verl, in an environment of their own (.venv-verl, 2 GB)"
 	@echo "make vllm    the tests with real vLLM servers, from an environment of their own (.venv-vllm, 4 GB)"
 	@echo "make bench   the benchmarks beside TRL, in .venv-bench: an hour;  make smollm2: the recipe with a real language model"
+	@echo "make gpu-check   results, losses, rollouts and steps on a GPU, in ten minutes;  make gpu-wheels: first, for one without network"
 	@echo "make reproduce   every run behind docs/results.md, and the page: 2.5 hours, resumable"
 
 $(VENV)/.base: requirements/base.txt pyproject.toml
@@ -90,6 +91,23 @@ BENCH_PIP := .venv-bench/bin/python -m pip install --quiet --disable-pip-version
 
 bench: $(if $(STABLEOPD_BENCH_PYTHON),,.venv-bench/.done)
 	OMP_NUM_THREADS=1 $(BENCH_PY) benchmarks/report.py $(BENCH_FLAGS)
+
+# On a GPU (docs/gpu.md). GPU_PYTHON=python3 takes an environment that has torch and transformers, and
+# no network: what it lacks is in work/gpu-wheels, for the Python that GPU_WHEELS_FOR names.
+GPU_PY          := $(or $(GPU_PYTHON),$(PY))
+GPU_WHEELS      := work/gpu-wheels
+GPU_WHEELS_FOR  := $(or $(GPU_WHEELS_FOR),3.12)
+GPU_OUTPUT      := work/gpu-check
+GPU_PLATFORMS   := $(addprefix --platform manylinux,_2_28_x86_64 2014_x86_64)
+
+gpu-wheels:
+	rm -rf $(GPU_WHEELS)
+	python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	    --implementation cp --python-version $(GPU_WHEELS_FOR) $(GPU_PLATFORMS) -d $(GPU_WHEELS) -r requirements/gpu.txt
+	du -sh $(GPU_WHEELS)
+
+gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.dev)
+	$(GPU_PY) benchmarks/gpu/check.py --wheels $(GPU_WHEELS) --output $(GPU_OUTPUT) $(GPU_FLAGS)
 
 # Every run behind docs/results.md: what is done is skipped, and what was interrupted goes on.
 CURE := recipes/collapse-and-cure

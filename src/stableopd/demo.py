@@ -28,7 +28,7 @@ from stableopd.runfolder import RunFolder
 from stableopd.terminal import LiveView, alarm_message, table
 from stableopd.types import RunFolderError, TrainingError
 
-__all__ = ["run_demo"]
+__all__ = ["ARMS", "run_demo", "table_row"]
 
 ARMS = {"OPD": "opd", "StableOPD": "stable_opd"}
 POLL_SECONDS = 0.5
@@ -182,9 +182,8 @@ def _results(
     first_name, first = runs[0]
     if not steps[first_name]:
         raise RunFolderError(f"{folders[0][1].path}: has no step to show.")
-    rows = [["start", *_row(first[:1], steps[first_name][:1])]]
-    for name, lines in runs:
-        rows.append([f"{name}, end", *_row(lines, steps[name][-FINAL_STEPS:])])
+    rows = [["start", *table_row(first, is_start=True)]]
+    rows += [[f"{name}, end", *table_row(lines)] for name, lines in runs]
     columns = ("", "accuracy", "TruncRate", "RepRate", "length")
     made = table(columns, rows, "From the same student")
     made.caption = (
@@ -195,7 +194,16 @@ def _results(
     return made
 
 
-def _row(evaluated: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> list[str]:
+def table_row(lines: Sequence[dict[str, Any]], is_start: bool = False) -> list[str]:
+    """The cells of a row of the demo's table: accuracy, TruncRate, RepRate, length.
+
+    Args:
+        lines: Lines of metrics of one arm, with at least one step.
+        is_start: Whether the row is of the first step, or of the last ones.
+    """
+    steps = [line for line in lines if line["step"] > 0]
+    evaluated = lines[:1] if is_start else lines
+    trained = steps[:1] if is_start else steps[-FINAL_STEPS:]
     accuracy = [line["eval/accuracy"] for line in evaluated if "eval/accuracy" in line]
     cells = [f"{accuracy[-1]:.2f}" if accuracy else "-"]
     for name, form in (
