@@ -16,8 +16,9 @@ import transformers
 from accelerate import Accelerator
 from torch import Tensor
 
-from stableopd import __version__, models
+import stableopd
 from stableopd import config as configuration
+from stableopd import models
 from stableopd.config import Config, ObjectiveConfig
 from stableopd.config_checks import RAISING
 from stableopd.models import LanguageModel
@@ -490,7 +491,7 @@ def _version(package: str) -> str | None:
 def _environment(run: Run) -> dict[str, Any]:
     stops = run.stops
     packages = ("torch", "transformers", "accelerate", "datasets", "math-verify")
-    versions = {"stableopd": __version__} | {name: _version(name) for name in packages}
+    versions = {"stableopd": stableopd.__version__} | {name: _version(name) for name in packages}
     return {
         "packages": versions,
         "python": platform.python_version(),
