@@ -2,14 +2,18 @@
 
 import copy
 import dataclasses
+import inspect
+import logging
 
+import datasets
 import peft
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from trl import DistillationConfig
+from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import split_tensor_dict
 
+from stableopd.integrations.trl import StableOPDTrainer
 from stableopd.teacher.local import FrozenModel
 from stableopd.training.step import step
 from stableopd.training.terms import Players, Work
@@ -209,6 +213,54 @@ def test_with_lora_the_reference_is_the_base(tmp_path):
     torch.testing.assert_close(found, after, rtol=0, atol=1e-5)
 
 
+def adapted(model):
+    """A PEFT model whose adapter changes what it says."""
+    lora = peft.LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    found = peft.get_peft_model(model, lora)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, p in found.named_parameters():
+            if "lora_B" in name:
+                p.add_(3.0 * torch.randn_like(p))
+    return found.eval()
+
+
+def test_a_teacher_keeps_its_adapter(tmp_path):
+    merged = copy.deepcopy(adapted(in_double(teacher()))).merge_and_unload()
+    models = {"model": in_double(student(0.5)), "teacher_model": adapted(in_double(teacher()))}
+    trainer = make(tmp_path, **models, beta_reference=0.3)
+    inputs = batch_of(trainer)
+    total, _ = their_step(trainer, [inputs])
+    expected, _ = their_step(make(tmp_path, models["model"], teacher_model=merged), [inputs])
+    base = make(tmp_path, models["model"], teacher_model=in_double(teacher()))
+    assert total == pytest.approx(expected, rel=1e-12)
+    assert total != pytest.approx(their_step(base, [inputs])[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("terms", [PLAIN, {"beta_reference": 2.0}])
+def test_a_head_that_is_trained_with_the_adapter(tmp_path, terms):
+    """The student's head is the trained copy, and the reference's is the original."""
+    lora = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    trainer = make(tmp_path, in_double(student(0.5)), peft_config=lora, max_steps=1, **terms)
+    if terms is not PLAIN:
+        head = trainer.model.get_output_embeddings().modules_to_save["default"].weight
+        with torch.no_grad():
+            head.add_(0.1 * torch.randn_like(head))
+        inputs = batch_of(trainer)
+        result, after, _ = our_step(trainer, inputs, in_double(student(0.5)))
+        assert result.losses["reference_kl"] > 1e-3
+        total, found = their_step(trainer, [inputs])
+        assert total == pytest.approx(result.losses["total"], rel=1e-9)
+        torch.testing.assert_close(found, after, rtol=0, atol=1e-9)
+    before = trainer.model.get_output_embeddings().modules_to_save["default"].weight.clone()
+    trainer.train()
+    wrapper = trainer.model.get_output_embeddings()
+    assert not torch.equal(wrapper.modules_to_save["default"].weight, before)
+    assert torch.equal(wrapper.original_module.weight, in_double(student(0.5)).lm_head.weight)
+
+
 def test_two_micro_batches_are_one(tmp_path):
     models = {"model": student(0.5).double(), "teacher_model": teacher().double()}
     trainer = make(tmp_path, **models, max_completion_length=32, beta_reference=1.0)
@@ -241,6 +293,30 @@ def test_a_run_with_accumulation_is_a_run_without(tmp_path):
     assert len(found[0]) == 3
     for one, two in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_the_log_adds_up_where_solutions_are_rare(tmp_path):
+    """Micro-batches without a solution count as 0, and steps without one too."""
+    data = rows(8).to_dict()
+    data["solution"] = [s if place == 1 else None for place, s in enumerate(data["solution"])]
+    trainer = make(
+        tmp_path,
+        data=datasets.Dataset.from_dict(data),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        logging_steps=2,
+        max_steps=4,
+        lambda_gold=0.7,
+        beta_reference=2.0,
+        shuffle_dataset=False,
+    )
+    trainer.train()
+    lines = logged(trainer, "loss", "loss/divergence", "loss/golden", "loss/reference_kl")
+    assert len(lines) == 2
+    for loss, divergence, golden, reference in lines:
+        assert golden > 0
+        # Trainer rounds nothing, but adds up in float32.
+        assert loss == pytest.approx(divergence + 0.7 * golden + 2.0 * reference, rel=1e-5)
 
 
 def test_stops_of_both_models_end_a_rollout_and_are_one_event(tmp_path):
@@ -277,10 +353,65 @@ def test_solutions_that_are_missing_or_too_long_are_left_out(tmp_path):
     data = rows(4).add_column("s", ["1", None, "123456789", "12"])
     trainer = make(tmp_path, data=data, solution_column="s")
     inputs = batch_of(trainer)
+    assert trainer._metrics["train"]["golden/refused"] == [0]
     assert unpadded(inputs, "golden")[1:3] == [(), ()]
     assert unpadded(inputs, "golden")[3] == (VOCABULARY["1"], VOCABULARY["2"], EOS)
     assert inputs["num_golden_tokens"] == 5
     assert trainer._metrics["train"]["golden/share"] == [0.5]
+
+
+def test_bad_solutions_of_a_stream_are_left_out_and_counted(tmp_path, caplog):
+    bad = ["1<eos>2", "1=2", [4, 5], [4, 10**6, EOS], [4.5, EOS], {"role": "user"}, 7]
+    kept = [{"prompt": "1+1=", "solution": [4, EOS]}] * 65
+    stream = datasets.IterableDataset.from_generator(
+        lambda: iter([*kept, *({"prompt": "1+1=", "solution": s} for s in bad)])
+    )
+    other = teacher(VOCABULARY["="])
+    trainer = make(tmp_path, data=stream, teacher_model=other, shuffle_dataset=False)
+    given = list(stream)[64:]
+    with caplog.at_level(logging.WARNING):
+        trainer.model.train()
+        inputs = trainer._generate_and_score_completions(given)
+    assert unpadded(inputs, "golden") == [(4, EOS)] + [()] * len(bad)
+    assert trainer._metrics["train"]["golden/refused"] == [pytest.approx(7 / 8)]
+    assert len([r for r in caplog.records if "golden" in r.getMessage()]) == 1
+
+
+def test_the_model_card_is_that_of_the_method(tmp_path):
+    make(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    card = (tmp_path / "README.md").read_text()
+    assert "trained with StableOPD" in card
+    assert "2604.08527" in card
+    assert "2306.13649" not in card
+    assert "agarwal" not in card
+    assert "@misc{luo2026" in card
+    assert "- stableopd\n" in card
+
+
+def parameters(function):
+    return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
+
+
+def overridden():
+    ours = {n: f for n, f in vars(StableOPDTrainer).items() if inspect.isfunction(f)}
+    return [name for name in ours if hasattr(DistillationTrainer, name) and name != "__init__"]
+
+
+@pytest.mark.parametrize("name", overridden())
+def test_what_is_overridden_takes_what_trl_gives(name):
+    theirs = parameters(getattr(DistillationTrainer, name))
+    assert parameters(getattr(StableOPDTrainer, name)) == theirs, name
+
+
+def test_what_is_overridden_and_used_is_in_trl(tmp_path):
+    assert {"_compute_loss", "training_step", "log"} < set(overridden())
+    names = list(inspect.signature(DistillationTrainer.__init__).parameters)[1:5]
+    assert names == ["model", "teacher_model", "args", "train_dataset"]
+    trainer = make_plain(tmp_path)
+    for name in ("_step", "_metrics", "eos_token_ids", "generation_kwargs", "generation_config"):
+        assert hasattr(trainer, name), name
+    for name in ("beta", "temperature", "use_vllm", "max_completion_length", "teacher_model"):
+        assert hasattr(trainer, name), name
 
 
 def test_an_evaluation_is_the_divergence_alone(tmp_path):
@@ -307,8 +438,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     "solution", ["12", [{"role": "assistant", "content": "12"}], [4, 5, EOS]], ids=str
 )
 def test_golden_solutions_in_every_form_are_the_same(tmp_path, solution):
-    import datasets
-
     data = datasets.Dataset.from_dict({"prompt": ["1+1="], "solution": [solution]})
     trainer = make(tmp_path, data=data)
     inputs = batch_of(trainer, 1)
@@ -323,6 +452,19 @@ def test_defaults_are_those_of_the_method(tmp_path):
     own = {f.name for f in dataclasses.fields(settings)}
     own -= {f.name for f in dataclasses.fields(DistillationConfig)}
     assert len(own) == 9
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_terms_do_not_change_the_precision_of_trl(tmp_path, bf16):
+    """TRL computes its loss outside autocast; in bfloat16 it would differ by a thousandth."""
+    trainer = make(tmp_path, student(0.5), bf16=bf16, beta_reference=1.0)
+    inputs = batch_of(trainer)
+    mine, theirs = (
+        compute(trainer.model, inputs, torch.tensor(10.0))[0]
+        for compute in (trainer._compute_loss, super(StableOPDTrainer, trainer)._compute_loss)
+    )
+    assert mine.dtype == theirs.dtype
+    assert trainer._shares["divergence"].item() == pytest.approx(theirs.item(), rel=2e-5)
 
 
 def test_in_the_precision_that_trl_chooses_by_default(tmp_path):

@@ -3,10 +3,20 @@
 import logging
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoTokenizer, TrainerControl, TrainerState
-from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 
 import trl_parts
 from stableopd import embedded
@@ -15,7 +25,7 @@ from stableopd.diagnostics.alarm import Level
 from stableopd.integrations.dumps import open_dump
 from stableopd.integrations.trl import CollapseAlarm
 from stableopd.types import ConfigError
-from tiny import EOS, V, make_tokenizer
+from tiny import EOS, V, make_tokenizer, save_model
 from trl_parts import SETTINGS, make, rows, student, teacher
 
 # TRL 1.16 and peft 0.21 ask transformers 5.23 for a setting by its former name.
@@ -29,6 +39,7 @@ SHORT = RepetitionConfig(window_chars=64, ratio=3.0)
 @pytest.fixture(autouse=True)
 def _no_telemetry(monkeypatch):
     monkeypatch.setenv("CI", "1")
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def logs_of(name):
@@ -135,6 +146,40 @@ def test_the_action_must_be_known():
         CollapseAlarm("rollback")
 
 
+def test_every_step_counts_whatever_is_logged(tmp_path):
+    """TRL's own logs become one a step; ours stay as they were asked for, and are means."""
+    settings = {"logging_steps": 2, "max_steps": 5, "max_completion_length": 16}
+    alarm = CollapseAlarm("none")
+    plain = trl_parts.make_plain(tmp_path / "trl", **settings)
+    plain.add_callback(alarm)
+    plain.train()
+    assert [line["step"] for line in alarm.lines] == [1, 2, 3, 4, 5]
+    ours = make(tmp_path / "ours", student(0.5), **settings)
+    ours.train()
+    lines = ours.collapse_alarm.lines
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    logs = [line for line in ours.state.log_history if "loss" in line]
+    assert [log["step"] for log in logs] == [2, 4]
+    for log in logs:
+        pair = [line["rollout/mean_length"] for line in lines[log["step"] - 2 : log["step"]]]
+        assert log["rollout/mean_length"] == sum(pair) / 2
+
+
+def test_a_resumed_run_of_ours_knows_every_step(tmp_path):
+    settings = {"logging_steps": 100, "save_strategy": "steps", "save_steps": 3}
+    first = make(tmp_path, max_steps=3, **settings)
+    first.train()
+    second = make(tmp_path, max_steps=4, **settings)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    lines = second.collapse_alarm.lines
+    assert lines[:3] == first.collapse_alarm.lines
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    again = make(tmp_path / "again", max_steps=1)
+    for _ in range(2):  # not resumed: nothing is known
+        again.train()
+        assert [line["step"] for line in again.collapse_alarm.lines] == [1]
+
+
 def forbids_stops():
     """A teacher for which a stop is 10 nats less likely than for its twin, as in cause A."""
     found = teacher()
@@ -198,6 +243,86 @@ def test_inside_trainers_of_trl(tmp_path, trainer, capsys):
     assert max(line["rollout/repetitive_share"] for line in alarm.lines) > 0
     assert alarm.alarm.step == 3
     capsys.readouterr()
+
+
+def chat_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def chats():
+    roles = [("user", "1+1="), ("assistant", "2")]
+    messages = [{"role": role, "content": content} for role, content in roles]
+    return datasets.Dataset.from_list([{"messages": messages}] * 16)
+
+
+def others(folder):
+    """Trainers that write no file of completions, and settings with which they say the most."""
+    settings = {**SETTINGS, "output_dir": str(folder)}
+    given = {"model": student(), "processing_class": chat_tokenizer()}
+    with_budget = {**settings, "log_completions": True}
+    rloo = RLOOConfig(**with_budget, num_generations=4, beta=0.0)
+    yield RLOOTrainer, {**given, "reward_funcs": [correct], "args": rloo, "train_dataset": rows()}
+    source = str(save_model(folder / "teacher", teacher(), chat_tokenizer()))
+    given |= {"teacher_model": source, "train_dataset": chats()}
+    yield IWOPDTrainer, {**given, "args": IWOPDConfig(**with_budget, log_completions_steps=1)}
+    del settings["max_completion_length"]
+    yield GKDTrainer, {**given, "args": GKDConfig(**settings, max_new_tokens=8, lmbda=1.0)}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_inside_trainers_that_say_less(tmp_path, caplog, capsys):
+    for trainer, given in others(tmp_path):
+        alarm = CollapseAlarm("warn")
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            trainer(**given, callbacks=[alarm]).train()
+        said = [r.getMessage() for r in caplog.records if r.name.endswith("trl.alarm")]
+        if trainer is GKDTrainer:
+            assert alarm.lines == []
+            (message,) = said
+            assert "saw nothing" in message
+            continue
+        assert [line["step"] for line in alarm.lines] == [1, 2, 3], trainer
+        for line in alarm.lines:
+            assert 0 <= line["rollout/truncation_rate"] <= 1
+            assert 1 <= line["rollout/mean_length"] <= 8
+        (message,) = [text for text in said if "no repetition" in text]
+        assert "writes no" in message
+    capsys.readouterr()
+
+
+def test_nothing_is_said_of_a_run_of_no_steps(caplog):
+    alarm, state = CollapseAlarm("warn"), TrainerState()
+    with caplog.at_level(logging.WARNING):
+        alarm.on_train_begin(arguments("trl-healthy"), state, TrainerControl())
+        alarm.on_train_end(arguments("trl-healthy"), state, TrainerControl())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["damaged", "left by another run"])
+def test_files_that_are_not_those_of_this_step(tmp_path, kind, caplog):
+    (tmp_path / "completions").mkdir()
+    file = tmp_path / "completions" / "completions_00001.parquet"
+    if kind == "damaged":
+        file.write_bytes(b"PAR1")
+    else:
+        first = min((DUMPS / "trl-collapse" / "completions").iterdir())
+        file.write_bytes(first.read_bytes())
+    is_logged = kind == "damaged"
+    args = DistillationConfig(str(tmp_path), log_completions=is_logged, use_cpu=True, bf16=False)
+    alarm, state, control = CollapseAlarm("warn"), TrainerState(), TrainerControl()
+    alarm.on_train_begin(args, state, control)
+    state.global_step = 1
+    with caplog.at_level(logging.WARNING):
+        logs = {"completions/clipped_ratio": 0.25, "completions/mean_length": 9.0}
+        alarm.on_log(args, state, control, logs=logs)
+        alarm.on_step_begin(args, state, control)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "no repetition" in message
+    line = {"step": 1, "rollout/truncation_rate": 0.25, "rollout/mean_length": 9.0}
+    assert alarm.lines == [line | {"alarm/level": 0}]
 
 
 def test_without_completions_it_says_what_it_cannot_see(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """What `StableOPDTrainer` refuses, each with one sentence that says what to do."""
 
+import datasets
 import peft
 import pytest
 import torch
@@ -32,17 +33,19 @@ BAD_SOLUTIONS = {
     "text with a stop within": (["1<eos>2", "3"], "stands within the solution"),
     "messages": ([[{"role": "user", "content": "1"}]] * 2, "one assistant message"),
     "all empty": ([None, None], "is empty in all 2 rows"),
+    "text with another stop within": (["3", "1=2"], "row 2"),
+    "text with another stop within, late": (["3"] * 99 + ["1=2"], "row 100"),
+    "ids out of the vocabulary": ([[5, 99999, EOS], [5, EOS]], "token ids from 0"),
+    "several": ([[5, 6], [5, EOS], [7]], "2 of 3 rows"),
     "all too long": (["1" * 8, "2" * 9], "fits into max_completion_length = 8"),
 }
 
 
 @pytest.mark.parametrize(("column", "words"), BAD_SOLUTIONS.values(), ids=BAD_SOLUTIONS)
 def test_golden_solutions_that_cannot_be_used(tmp_path, column, words):
-    import datasets
-
-    data = datasets.Dataset.from_dict({"prompt": ["1+1=", "2+1="], "solution": column})
+    data = datasets.Dataset.from_dict({"prompt": ["1+1="] * len(column), "solution": column})
     with pytest.raises(DataError) as error:
-        make(tmp_path, data=data)
+        make(tmp_path, data=data, teacher_model=teacher(VOCABULARY["="]))
     assert words in one_sentence(error)
 
 

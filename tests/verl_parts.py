@@ -291,6 +291,7 @@ class Writer:
 def chat_tokenizer() -> Any:
     """A tokenizer of single characters with a template of one turn."""
     tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<end>"])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}={% endif %}"

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.specifiers import SpecifierSet
 
 # As in pyproject.toml: the versions with which the tests have been run.
-SUPPORTED = SpecifierSet(">=1.16,<1.17")
+SUPPORTED = SpecifierSet(">=1.14.2,!=1.15.0,<1.17")
 
 
 def _require_trl() -> None:
