@@ -91,9 +91,12 @@ class TestTokens:
         assert only(check).level == "OK"
         assert f"the first {V + 8} are compared" in only(check).message
         assert check.numbers["shared"] == V + 8
-        check = tokens.vocabulary(model(rows=V + 8), model(rows=V - 1))
+        check = tokens.vocabulary(model(rows=V + 8), model(rows=V - 1), [3, V - 1])
         assert only(check).level == "FAIL"
         assert f"of the teacher to {V} rows" in only(check).fix
+        assert f"'j' (id {V - 1})" in only(check).message
+        check = tokens.vocabulary(model(rows=V + 8), model(rows=V - 1), [3, V - 2])
+        assert only(check).level == "OK"
         assert only(tokens.vocabulary(model(), None)).level == "OK"
 
     @pytest.mark.parametrize(

@@ -7,18 +7,25 @@ loaded. Weights come from safetensors or GGUF alone, and no remote code runs.
 
 from __future__ import annotations
 
+import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 
 from stableopd.hidden import hidden_states
+from stableopd.model_files import (
+    ModelFiles,
+    find_files,
+    guarded,
+    read_tokenizer_files,
+    stored_types,
+)
 from stableopd.objective.heads import Head
 from stableopd.types import ModelError
 
@@ -27,25 +34,13 @@ __all__ = [
     "add_lora",
     "head_of",
     "load",
+    "load_tokenizer",
     "require_head",
     "require_same_tokenizer",
     "require_same_vocabulary",
+    "save_tokenizer",
     "shared_vocabulary",
-    "with_adapter",
 ]
-
-# What transformers, its libraries and broken files raise when a model cannot be loaded.
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 # Logits of the full model and of head(hidden) may differ by rounding alone.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -61,12 +56,18 @@ class LanguageModel:
         model: The transformers (or PEFT) model.
         tokenizer: Its tokenizer.
         context: Longest sequence it reads, or None where its config does not say.
+        folders: The folders that its weights came from.
+        tokenizer_files: The files that the tokenizer was read from, byte by byte.
+        notes: Sentences for whoever trains it.
     """
 
     name: str
     model: Any
     tokenizer: Any
     context: int | None
+    folders: tuple[Path, ...] = ()
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -74,8 +75,11 @@ def load(
 ) -> LanguageModel:
     """Load a model and its tokenizer from a folder or a hub name.
 
+    Of an adapter the base is loaded, and the adapter merged into it; its folder's tokenizer and
+    generation_config.json come before those of the base.
+
     Args:
-        source: A folder with safetensors (or the GGUF file), or a name on the hub.
+        source: A folder with safetensors (or the GGUF file, or a LoRA adapter), or a hub name.
         role: "student" or "teacher", for messages.
         dtype: Type of the weights.
         device: Where the weights go.
@@ -85,44 +89,154 @@ def load(
         The model in evaluation mode, every weight finite and `head(hidden)` equal to its logits.
 
     Raises:
-        ModelError: There is no model, it has no safetensors, a weight is missing or not finite, it
-            needs remote code, or its logits are not `head(hidden)`.
+        ModelError: There is no model, it has no safetensors, a weight is missing, left over or not
+            finite, it needs remote code, or its logits are not `head(hidden)`.
     """
-    folder = Path(source)
-    is_path = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
-    needed = gguf_file or "config.json"
-    if is_path and not (folder / needed).is_file():
-        raise ModelError(
-            f"{role}.model = {source!r}: not a model folder, it has no {needed}; give a folder "
-            "that save_pretrained wrote, or a hub name."
-        )
     transformers.utils.logging.disable_progress_bar()
-    options: dict[str, Any] = {"trust_remote_code": False}
-    model_options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if gguf_file:
-        options["gguf_file"] = gguf_file
-        model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    else:
-        model_options["use_safetensors"] = True
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    where = f"{role}.model = {source!r}"
+    files = find_files(source, where, gguf_file)
+    loaded = _load(files, where, dtype, gguf_file)
+    with guarded(where):
+        model = loaded.model.to(device).eval()
+        _require_finite(model, role, source)
+        require_head(model, role, source)
+    return loaded
+
+
+def _load(files: ModelFiles, where: str, dtype: torch.dtype, gguf_file: str = "") -> LanguageModel:
+    if files.base is not None:
+        return _with_adapter(_load(files.base, where, dtype), files, where)
+    tokenizer = load_tokenizer(files.folder, where, gguf_file)
+    model = _load_weights(files, where, dtype, gguf_file)
+    notes: tuple[str, ...] = ()
+    if isinstance(files.config.get("text_config"), dict) and (
+        model.config.model_type != files.config.get("model_type")
+    ):
+        names = files.config.get("architectures") or ["a model of images and text"]
+        notes = (
+            f"{files.source} is {names[0]}: only its text part, {type(model).__name__}, is used, "
+            "and a checkpoint of it holds no other part.",
+        )
+    with guarded(where):
+        context = _context(model, where)
+        kept = {} if gguf_file else read_tokenizer_files(files.folder)
+    return LanguageModel(files.source, model, tokenizer, context, files.folders, kept, notes)
+
+
+def load_tokenizer(folder: Path, where: str, gguf_file: str = "") -> Any:
+    """Load a tokenizer and see that it works.
+
+    Args:
+        folder: Its folder.
+        where: Names the model, for messages.
+        gguf_file: Name of the GGUF file that holds it.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    with guarded(where):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, **options
+        )
+        template = tokenizer.chat_template
+        parts = list(template.values()) if isinstance(template, dict) else [template or ""]
+        if not all(isinstance(part, str) for part in parts):
+            raise ModelError(f"{where}: its chat template is no text; correct its tokenizer files.")
+        ids = tokenizer("1", add_special_tokens=False, verbose=False)["input_ids"]
+        if not isinstance(tokenizer.decode(ids), str) or not tokenizer.get_vocab():
+            raise ModelError(f"{where}: its tokenizer has no tokens; copy its files here again.")
+    return tokenizer
+
+
+def _load_weights(files: ModelFiles, where: str, dtype: torch.dtype, gguf_file: str) -> Any:
+    options: dict[str, Any] = {"trust_remote_code": False, "dtype": dtype}
+    types: dict[str, tuple[str, tuple[int, ...]]] = {}
+    with guarded(where):
+        if gguf_file:
+            options["gguf_file"] = gguf_file
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        else:
+            types = stored_types(files, where)
+            options["use_safetensors"] = True
+            options["config"] = _own_config(files.folder)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, **options, **model_options
+            str(files.folder), output_loading_info=True, **options
         )
-    except LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{role}.model = {source!r}: cannot be loaded: {reason}") from error
-    model, info = loaded
-    if info["missing_keys"]:
+        model, info = loaded
+        _require_complete(info, where)
+        if "quantization_config" not in files.config:
+            _require_floating(model, types, where)
+        if str(files.folder) != files.source:
+            # A copy of the hub, which goes by its name there.
+            model.config._name_or_path = model.name_or_path = files.source
+    return model
+
+
+def _own_config(folder: Path) -> Any:
+    """The configuration of a folder, without what it may say of how it is computed."""
+    config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    # Else a file could ask for a kernel of the hub, which is code.
+    config._attn_implementation = None
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = None
+    vars(config).pop("fusion_config", None)
+    for part in (config, config.get_text_config()):
+        part.return_dict = True
+        part.output_attentions = part.output_hidden_states = False
+        if hasattr(part, "output_router_logits"):
+            # The auxiliary loss of a mixture of experts, which takes masks of whole sequences.
+            part.output_router_logits = False
+    return config
+
+
+def _require_complete(info: Mapping[str, Any], where: str) -> None:
+    """Refuse weights that are not those of the architecture: another model would be measured."""
+    missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
         raise ModelError(
-            f"{role}.model = {source!r}: the weights lack {sorted(info['missing_keys'])[0]!r} "
-            f"({len(info['missing_keys'])} missing in all); save the model again in full."
+            f"{where}: the weights lack {missing[0]!r} ({len(missing)} missing in all); save the "
+            "model again in full."
         )
-    model = model.to(device).eval()
-    _require_finite(model, role, source)
-    require_head(model, role, source)
+    if extra:
+        raise ModelError(
+            f"{where}: the weights hold {extra[0]!r} ({len(extra)} such in all), for which the "
+            "model has no place; correct config.json (its number of layers, say), or save the "
+            "model again without them."
+        )
+    if info.get("error_msgs"):
+        raise ModelError(f"{where}: cannot be loaded: {info['error_msgs'][0]}")
+
+
+def _require_floating(
+    model: Any, types: Mapping[str, tuple[str, tuple[int, ...]]], where: str
+) -> None:
+    """Refuse weights that are stored as whole numbers, without the scales that they need."""
+    prefix = f"{model.base_model_prefix}."
+    known = {name for name, _ in model.named_parameters()}
+    for name, (kind, _) in types.items():
+        names = {name, prefix + name, name.removeprefix(prefix)}
+        is_whole = kind[0] in "IU" or kind == "BOOL"  # masks and positions may be
+        if is_whole and (name.endswith("weight") or names & known):
+            raise ModelError(
+                f"{where}: weight {name!r} is stored as whole numbers ({kind}), and config.json "
+                "names no quantisation; save the model again in floating point."
+            )
+
+
+def _context(model: Any, where: str) -> int | None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return LanguageModel(source, model, tokenizer, context)
+    if context is None:
+        return None
+    if not isinstance(context, int) or context < 1:
+        raise ModelError(
+            f"{where}: max_position_embeddings = {context!r} in config.json is no length; correct "
+            "it."
+        )
+    return context
 
 
 def _require_finite(model: nn.Module, role: str, source: str) -> None:
@@ -132,6 +246,31 @@ def _require_finite(model: nn.Module, role: str, source: str) -> None:
                 f"{role}.model = {source!r}: weight {name!r} is not finite (NaN or infinity); "
                 "use an earlier checkpoint."
             )
+
+
+def save_tokenizer(student: LanguageModel, folder: Path) -> None:
+    """Write a tokenizer as it was read, so that programs that read it before read it again.
+
+    transformers would write the same tokenizer in the form of its own version.
+
+    Args:
+        student: The model with the tokenizer.
+        folder: The folder to write to.
+    """
+    student.tokenizer.save_pretrained(folder)
+    template = student.tokenizer.chat_template
+    for name, data in student.tokenizer_files.items():
+        if name.startswith("chat_template") or name == "tokenizer_config.json":
+            continue
+        (folder / name).write_bytes(data)
+    config = student.tokenizer_files.get("tokenizer_config.json")
+    if config is None:
+        return
+    settings = json.loads(config)
+    if isinstance(template, str) and settings.get("chat_template", template) != template:
+        settings["chat_template"] = template  # another one was chosen for this run
+        config = json.dumps(settings, indent=2, ensure_ascii=False).encode()
+    (folder / "tokenizer_config.json").write_bytes(config)
 
 
 @torch.no_grad()
@@ -253,25 +392,17 @@ def require_same_vocabulary(
 def shared_vocabulary(student: LanguageModel, teacher: LanguageModel | None) -> int:
     """How many ids both models have a logit for, padding of the vocabulary left out.
 
+    The tokenizer may have ids beyond, as that of a text-only Gemma 3 has: what uses them is
+    refused where texts are encoded.
+
     Args:
         student: The student.
         teacher: The teacher, or None.
 
     Returns:
         The smaller of the two heads' sizes.
-
-    Raises:
-        ModelError: It does not even hold the tokenizer's ids.
     """
-    sizes = [head_of(m.model).weight_VD.shape[0] for m in (student, teacher) if m is not None]
-    num_tokens = min(sizes)
-    largest_id = max(student.tokenizer.get_vocab().values())
-    if largest_id >= num_tokens:
-        raise ModelError(
-            f"the tokenizer of {student.name!r} has id {largest_id}, but the models share logits "
-            f"for {num_tokens} ids alone; resize the embeddings of the smaller one."
-        )
-    return num_tokens
+    return min(head_of(m.model).weight_VD.shape[0] for m in (student, teacher) if m is not None)
 
 
 def add_lora(student: LanguageModel, rank: int, alpha: int, targets: str) -> LanguageModel:
@@ -295,10 +426,9 @@ def add_lora(student: LanguageModel, rank: int, alpha: int, targets: str) -> Lan
         raise ModelError(
             "student.lora_rank needs the package peft; install stableopd[peft] or set it to 0."
         ) from None
-    if Path(student.name).exists():
-        # An adapter names its base; a relative path would hold in this folder alone.
-        student.model.config._name_or_path = str(Path(student.name).resolve())
-        student.model.name_or_path = str(Path(student.name).resolve())
+    # An adapter names its base; a relative path would hold in this folder alone.
+    base = str(Path(student.name).resolve()) if Path(student.name).exists() else student.name
+    student.model.config._name_or_path = student.model.name_or_path = base
     names = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM", lora_dropout=0.0
@@ -310,34 +440,64 @@ def add_lora(student: LanguageModel, rank: int, alpha: int, targets: str) -> Lan
             model = peft.get_peft_model(student.model, config)
     except ValueError as error:
         raise ModelError(f"student.lora_targets = {targets!r}: {error}") from None
-    return LanguageModel(student.name, model, student.tokenizer, student.context)
+    return replace(student, model=model)
 
 
-def with_adapter(base: LanguageModel, folder: Path) -> LanguageModel:
-    """Merge a saved LoRA adapter into the model that it was trained on.
-
-    Args:
-        base: The model without the adapter; its weights are changed.
-        folder: What PEFT's `save_pretrained` wrote, such as a checkpoint of a run with LoRA.
-
-    Returns:
-        The merged model under the folder's name.
-
-    Raises:
-        ModelError: peft is not installed, or the adapter does not fit the model.
-    """
+def _with_adapter(base: LanguageModel, files: ModelFiles, where: str) -> LanguageModel:
+    """Merge a saved adapter into the model that it was trained on; the base's weights change."""
     try:
         import peft
     except ImportError:
         raise ModelError(
-            f"{folder} is an adapter, which needs the package peft; install stableopd[peft]."
+            f"{files.source} is an adapter, which needs the package peft; install stableopd[peft]."
         ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # as in add_lora
-            adapted: Any = peft.PeftModel.from_pretrained(base.model, str(folder))
-    except LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{folder}: the adapter does not fit {base.name}: {reason}") from error
-    merged = adapted.merge_and_unload().eval()
-    return LanguageModel(str(folder), merged, base.tokenizer, base.context)
+    types = stored_types(files, where)
+    _fit_embeddings(base.model, types, where)
+    fault = f"the adapter does not fit {base.name}"
+    with guarded(where, fault), warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for an attribute by its former name; and it only warns
+        # of weights that it does not find.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        adapted: Any = peft.PeftModel.from_pretrained(base.model, str(files.folder))
+        saved = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        own = adapted.state_dict().keys()
+        known = {
+            n.replace(part, "") for n in own for part in (".default", ".modules_to_save.default")
+        }
+        lacking, extra = sorted(saved - types.keys()), sorted(types.keys() - saved - known)
+        for names, said in ((lacking, "lacks"), (extra, "has no place for")):
+            if names:
+                raise ModelError(f"{where}: {fault}: it {said} {names[0]!r}.")
+        _require_floating(adapted, types, where)
+        merged = adapted.merge_and_unload().eval()
+        merged.requires_grad_(True)  # PEFT freezes the base
+        kept = read_tokenizer_files(files.folder)
+        if (files.folder / "generation_config.json").is_file():
+            merged.generation_config = transformers.GenerationConfig.from_pretrained(files.folder)
+    tokenizer = load_tokenizer(files.folder, where) if kept else base.tokenizer
+    return replace(
+        base,
+        name=files.source,
+        model=merged,
+        tokenizer=tokenizer,
+        folders=files.folders,
+        tokenizer_files=kept or base.tokenizer_files,
+    )
+
+
+def _fit_embeddings(
+    model: Any, types: Mapping[str, tuple[str, tuple[int, ...]]], where: str
+) -> None:
+    """Give the embeddings as many rows as an adapter has saved of them."""
+    names = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+    rows = {
+        shape[0]
+        for name, (_, shape) in types.items()
+        if ".lora_" not in name and any(part in names for part in name.split("."))
+    }
+    if len(rows) > 1:
+        raise ModelError(f"{where}: its embeddings have {sorted(rows)} rows; save it again.")
+    if rows and rows != {head_of(model).weight_VD.shape[0]}:
+        with guarded(where):
+            model.resize_token_embeddings(rows.pop(), mean_resizing=False)

@@ -143,11 +143,23 @@ def _tokens(patient: Patient, checks: list[tuple[str, Check]]) -> tuple[Language
     checks.append(("", Check(tuple(own))))
     if same.numbers.get("num_differing_ids"):
         teacher = None
-    sizes = tokens.vocabulary(student, teacher)
+    sizes = tokens.vocabulary(student, teacher, _used_ids(patient))
     checks.append(("vocabulary", sizes))
-    if sizes.numbers["shared"] < sizes.numbers["tokenizer_ids"]:
+    if sizes.numbers["shared"] < sizes.numbers["num_needed"]:
         return None, sizes.numbers["student_logits"]
     return teacher, sizes.numbers["shared"]
+
+
+def _used_ids(patient: Patient) -> set[int]:
+    """Ids of prompts and solutions."""
+    solutions = [p.solution for p in patient.prompts if p.solution and patient.has_data]
+    tokenizer = patient.student.tokenizer
+    encoded = (
+        tokenizer(solutions, add_special_tokens=False, verbose=False)["input_ids"]
+        if solutions
+        else []
+    )
+    return {i for ids in (*patient.prompt_ids, *encoded) for i in ids}
 
 
 def _text(prompt: Prompt) -> str:
@@ -163,8 +175,8 @@ def _stop_plan(
 ) -> StopPlan | None:
     """How rollouts end; None where the student cannot write, which a FAIL then says."""
     student, mode = patient.student, patient.config.objective.stop
-    if num_tokens <= max(student.tokenizer.get_vocab().values()):
-        message = "left out: the student has fewer logits than its tokenizer has ids."
+    if num_tokens <= max(_used_ids(patient), default=-1):
+        message = "left out: the student has no logits for ids that the data use."
         checks.append(("", _said("rollouts", message)))
         return None
     found: dict[str, tuple[int, ...]] = {}

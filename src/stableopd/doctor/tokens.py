@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -79,30 +79,38 @@ def tokenizers(student: LanguageModel, teacher: LanguageModel | None, texts: Man
     return Check((Finding("OK", "tokenizers", message), *findings), numbers)
 
 
-def vocabulary(student: LanguageModel, teacher: LanguageModel | None) -> Check:
+def vocabulary(
+    student: LanguageModel, teacher: LanguageModel | None, used_ids: Iterable[int] = ()
+) -> Check:
     """How many logits both models have, beside the ids of the tokenizer.
 
     Args:
         student: The student.
         teacher: The teacher; None without one, or where its ids mean something else.
+        used_ids: Ids that the data use.
 
     Returns:
-        FAIL where a model has fewer logits than the tokenizer has ids, else OK; in its numbers
-        "shared" is how many ids are compared.
+        FAIL where a model has no logit for an id that is used, else OK; in its numbers "shared" is
+        how many ids are compared, and "num_needed" how many must be.
     """
     models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     rows = {role: int(head_of(m.model).weight_VD.shape[0]) for role, m in models.items()}
     num_ids = max(student.tokenizer.get_vocab().values()) + 1
     shared = min(rows.values())
     numbers = {f"{role}_logits": size for role, size in rows.items()}
-    numbers |= {"tokenizer_ids": num_ids, "shared": shared}
+    needed = max(used_ids, default=-1) + 1
+    numbers |= {"tokenizer_ids": num_ids, "shared": shared, "num_needed": needed}
     sizes = ", ".join(f"the {role} has logits for {size:,} ids" for role, size in rows.items())
     message = f"{sizes}; the tokenizer uses {num_ids:,}"
-    if shared < num_ids:
+    if shared < needed:
         small = min(rows, key=lambda role: rows[role])
+        token = student.tokenizer.convert_ids_to_tokens(needed - 1)
+        message += f", and the data use {token!r} (id {needed - 1})"
         fix = f"resize the embeddings of the {small} to {num_ids} rows, or use another model."
         return Check((Finding("FAIL", "vocabulary", f"{message}.", fix),), numbers)
-    if len(set(rows.values())) > 1:
+    if shared < num_ids:
+        message += f"; no text here uses the ids from {shared:,} on"
+    elif len(set(rows.values())) > 1:
         message += f"; the first {shared:,} are compared, the padding behind them is never drawn"
     return Check((Finding("OK", "vocabulary", f"{message}."),), numbers)
 

@@ -19,6 +19,7 @@ from stableopd.config_templates import told_template
 from stableopd.data.grading import grader_of
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.data.templates import give_template
+from stableopd.data.vocabulary import require_rows
 from stableopd.evaluate.loading import load_model
 from stableopd.evaluate.measure import answer, num_together, summarise
 from stableopd.evaluate.settings import MAX_NEW_TOKENS, Settings, check, names_of
@@ -68,6 +69,10 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
         model, weights = load_model(settings.model, settings.gguf_file, dtype, one.device, "eval")
     give_template(model.tokenizer, settings.chat_template)
     encoded = _encode(sets, model, settings)
+    vocabulary = models.shared_vocabulary(model, None)
+    for name, of in sets.items():
+        told = [f"{name}: prompt {prompt.id}" for prompt in of.prompts]
+        require_rows(zip(told, encoded[name], strict=True), model.tokenizer, vocabulary)
     budget = settings.max_new_tokens or _budget(encoded, model)
     for name, of in sets.items():
         _refuse_overlong(name, of, encoded[name], model, budget)
@@ -92,7 +97,6 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
     store = Store(output, decided, told)
     _try_graders(store, sets, console)
     ids = stop_ids_of(model.model, model.tokenizer)
-    vocabulary = models.shared_vocabulary(model, None)
     sampler = TransformersSampler(
         model.model, model.tokenizer, ids, vocabulary, settings.batch_size
     )

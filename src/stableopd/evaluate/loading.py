@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import transformers
 
 from stableopd import embedded, models
 from stableopd.evaluate.store import fingerprint
 from stableopd.models import LanguageModel
-from stableopd.runfolder.files import read_object
-from stableopd.types import ModelError
 
 __all__ = ["load_model"]
 
@@ -32,33 +28,25 @@ def load_model(
         role: What the model is, for messages.
 
     Returns:
-        The model; and SHA-256 of its weights, or the commit of one of the hub.
+        The model; and SHA-256 of its weights, of an adapter with those of its base.
 
     Raises:
         ModelError: It cannot be loaded.
     """
     name = EMBEDDED.get(source)
-    folder = embedded.path(name) if name else Path(source)
-    adapter = folder / "adapter_config.json"
     transformers.logging.set_verbosity_error()
-    if not adapter.is_file():
-        model = models.load(
-            str(folder) if name else source,
-            role=role,
-            dtype=dtype,
-            device=device,
-            gguf_file=gguf_file,
-        )
-        return model, _fingerprint(model, [folder])
-    base = read_object(adapter).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{adapter}: names no base_model_name_or_path; add the base model to it.")
-    model = models.load(str(base), role=role, dtype=dtype, device=device)
-    model = models.with_adapter(model, folder)
-    return model, _fingerprint(model, [folder, Path(base)])
+    model = models.load(
+        str(embedded.path(name)) if name else source,
+        role=role,
+        dtype=dtype,
+        device=device,
+        gguf_file=gguf_file,
+    )
+    return model, _fingerprint(model)
 
 
-def _fingerprint(model: LanguageModel, folders: list[Path]) -> str:
+def _fingerprint(model: LanguageModel) -> str:
     kinds = ("*.safetensors", "*.gguf")
-    files = [path for f in folders for path in sorted(p for kind in kinds for p in f.glob(kind))]
-    return fingerprint(files) if files else str(getattr(model.model.config, "_commit_hash", None))
+    return fingerprint(
+        [path for f in model.folders for path in sorted(p for kind in kinds for p in f.glob(kind))]
+    )

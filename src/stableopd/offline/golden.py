@@ -21,6 +21,7 @@ from stableopd.config_templates import read_template, told_template
 from stableopd.data.grading import grade, grader_of
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.data.templates import give_template
+from stableopd.data.vocabulary import require_rows
 from stableopd.endpoint import AnswerError, answer_bytes, at, listed, words
 from stableopd.evaluate.store import fingerprint
 from stableopd.models import LanguageModel, shared_vocabulary
@@ -230,7 +231,7 @@ class _LocalWriter:
     """Answers of a model in this process."""
 
     def __init__(self, model: LanguageModel, stop_ids: Sequence[int], asked: Asked) -> None:
-        vocabulary = shared_vocabulary(model, None)
+        vocabulary = self._vocabulary = shared_vocabulary(model, None)
         self.num_together = max(1, asked.batch_size // asked.num_samples)
         self._model = model
         self._sampler = TransformersSampler(
@@ -249,6 +250,8 @@ class _LocalWriter:
             budget,
             asked.chat_template_kwargs,
         )
+        told = [f"prompt {prompt.id}" for prompt in prompts]
+        require_rows(zip(told, ids, strict=True), self._model.tokenizer, self._vocabulary)
         drawn = self._sampler.sample(
             [(prompt.id, own) for prompt, own in zip(prompts, ids, strict=True)],
             k,

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from stableopd.config import TeacherConfig
 from stableopd.config_checks import DTYPES
 from stableopd.config_servers import key_fault
 from stableopd.endpoint import Endpoint
 from stableopd.evaluate.loading import load_model
-from stableopd.models import LanguageModel, shared_vocabulary
+from stableopd.model_files import find_tokenizer
+from stableopd.models import LanguageModel, load_tokenizer, shared_vocabulary
 from stableopd.objective.logprobs import score_tokens
 from stableopd.teacher.local import FrozenModel
 from stableopd.teacher.server import Item, Judged, find_model
@@ -122,7 +122,8 @@ def open_source(source: Source, command: str) -> Opened:
     name, context = find_model(endpoint, source.model)
     tokenizer = None
     if source.tokenizer:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.tokenizer)
+        where = f"--tokenizer {source.tokenizer!r}"
+        tokenizer = load_tokenizer(find_tokenizer(source.tokenizer, where), where)
     stops = tuple(sorted({*(served_stop_ids(settings) or ()), *source.stop_ids})) or None
     return Opened(name, "served", tokenizer, context, stops, endpoint=endpoint)
 

@@ -329,7 +329,14 @@ def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 def _ids(value: Any) -> set[int]:
     if value is None:
         return set()
-    return {int(value)} if isinstance(value, int) else {int(stop) for stop in value}
+    ids = list(value) if isinstance(value, list | tuple | set) else [value]
+    wrong = [stop for stop in ids if type(stop) is not int]
+    if wrong:
+        raise ModelError(
+            f"eos_token_id holds {wrong[0]!r}, which is no token id; correct "
+            "generation_config.json or config.json of the model."
+        )
+    return set(ids)
 
 
 def _id(value: int | None) -> str:

@@ -68,7 +68,7 @@ def save(
     def write() -> None:
         with folder.new_checkpoint(step) as path:
             student.model.save_pretrained(path, state_dict=weights)
-            student.tokenizer.save_pretrained(path)
+            models.save_tokenizer(student, path)
             _write_stop_ids(path, student, stop_ids)
             (path / "trainer").mkdir()
             torch.save(state, path / "trainer" / STATE)

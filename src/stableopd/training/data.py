@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,6 +43,13 @@ class Problems:
     def named_ids(self, places: Many[int]) -> list[tuple[str, tuple[int, ...]]]:
         """What the sampler takes, for the prompts at some places."""
         return [(self.prompts[i].id, self.prompt_ids[i]) for i in places]
+
+    def named_texts(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every prompt and golden solution, with what a message calls it."""
+        for prompt, ids, golden in zip(self.prompts, self.prompt_ids, self.golden, strict=True):
+            yield f"prompt {prompt.id}", ids
+            if golden is not None:
+                yield f"the solution of prompt {prompt.id}", golden.completion_ids
 
     def by_teacher(self, rollouts: Many[Rollout]) -> list[tuple[str | None, Item]]:
         """What served teachers take: rollouts of these prompts, each with its teacher's name."""

@@ -21,6 +21,7 @@ from stableopd import config as configuration
 from stableopd import models
 from stableopd.config import Config, ObjectiveConfig
 from stableopd.config_checks import RAISING
+from stableopd.data.vocabulary import require_rows
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import StopPlan, plan_stops, stop_ids_of
 from stableopd.runfolder import RunFolder
@@ -222,6 +223,10 @@ def _read(config: Config, resume: bool, allowed: Sequence[str], layout: Layout) 
     needs_golden = bool(objective.lambda_gold) or may_raise
     train, notes = load_train(config, student, teacher.context, stops, needs_golden)
     held_out = load_held_out(config, student, teacher.context)
+    for problems in (train, held_out):
+        if problems is not None:
+            require_rows(problems.named_texts(), student.tokenizer, num_tokens)
+    notes += student.notes
     inputs: dict[str, str] = {}
     if layout.ranks.is_main:
         inputs = inputs_of(train, held_out, loaded.sums, stops.teacher_ids)
@@ -365,6 +370,8 @@ def _players(
         return FrozenModel(model.model, num_tokens, temperature, autocast, is_base=is_base)
 
     pad_id = student.tokenizer.pad_token_id
+    if pad_id is None or not 0 <= pad_id < num_tokens:
+        pad_id = stops.label_id
     return Players(
         student=student.model,
         num_tokens=num_tokens,
@@ -373,7 +380,7 @@ def _players(
         stop_ids=torch.tensor(stops.event_ids or stops.decode_ids, device=accelerator.device),
         stop_is_event=bool(stops.event_ids),
         temperature=config.rollout.temperature,
-        pad_id=stops.label_id if pad_id is None else pad_id,
+        pad_id=pad_id,
         autocast=autocast,
     )
 

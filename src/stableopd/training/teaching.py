@@ -12,11 +12,11 @@ import transformers
 from stableopd.config import Config, TeacherConfig
 from stableopd.config_servers import tokenizer_source
 from stableopd.endpoint import Endpoint, read_key
-from stableopd.models import LanguageModel, require_same_vocabulary
+from stableopd.model_files import find_tokenizer, guarded
+from stableopd.models import LanguageModel, load_tokenizer, require_same_vocabulary
 from stableopd.rollout.stops import StopPlan, stop_ids_of
 from stableopd.teacher.server import ServedTeacher, ServedTeachers, find_model
 from stableopd.training.loading import needs_teacher
-from stableopd.types import ModelError
 
 __all__ = ["Teaching", "find_teaching", "needs_served", "open_endpoint", "served_stop_ids"]
 
@@ -138,18 +138,15 @@ def find_teaching(
 
 def _read(source: str) -> tuple[Any, Any]:
     """The tokenizer of a folder or hub name, and what its files say of stops."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"teacher.tokenizer = {source!r}: cannot be loaded: {reason}") from error
+    where = f"teacher.tokenizer = {source!r}"
+    folder = find_tokenizer(source, where)
+    tokenizer = load_tokenizer(folder, where)
     files: dict[str, Any] = {"config": SimpleNamespace()}
     for name, kind in (
         ("generation_config", transformers.GenerationConfig),
         ("config", transformers.AutoConfig),
     ):
-        try:
-            files[name] = kind.from_pretrained(source)
-        except (OSError, ValueError, KeyError):
-            continue  # a folder of a tokenizer alone
+        if (folder / f"{name}.json").is_file():  # it may hold a tokenizer only
+            with guarded(where):
+                files[name] = kind.from_pretrained(str(folder))
     return tokenizer, SimpleNamespace(**files)
