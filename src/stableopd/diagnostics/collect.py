@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,12 +32,13 @@ from stableopd.types import Record, StopReason
 
 __all__ = ["Collector"]
 
-# The first rollouts decide what is measured; they wait until there are so many, so that it does
-# not matter in which batches they come.
-_NUM_FIRST = 64
+# The first rollouts decide what is measured; they wait until there are so many, or so much of
+# them, so that it does not matter in which batches they come.
+_NUM_FIRST, _FIRST_CHARACTERS = 64, 2**25
 
-# So many rollouts are labelled at once: enough for the threads, few enough for the memory.
-_CHUNK = 256
+# So many rollouts are labelled at once: enough for the threads, few enough for the memory, which
+# takes up to 90 bytes a character.
+_CHUNK, _CHUNK_CHARACTERS = 256, 2**21
 
 _NO_IDS = np.zeros(0, dtype=np.int64)
 
@@ -116,7 +117,7 @@ class Collector:
             self._measure(records)
             return
         self._waiting += records
-        if len(self._waiting) >= _NUM_FIRST:
+        if _num_first(self._waiting) is not None:
             self._decide()
 
     def summary(self) -> Summary:
@@ -227,7 +228,7 @@ class Collector:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, None
-        first, asked = waiting[:_NUM_FIRST], self._asked
+        first, asked = waiting[: _num_first(waiting)], self._asked
         if sum(_num_tokens(record) is not None for record in first) * 2 <= len(first):
             self._length_unit = "characters"
         with_ids = sum(record.completion_ids is not None for record in first)
@@ -241,8 +242,7 @@ class Collector:
 
     def _measure(self, records: Sequence[Record]) -> None:
         parameters = self._parameters
-        for start in range(0, len(records), _CHUNK):
-            chunk = records[start : start + _CHUNK]
+        for chunk in _chunks(records):
             units = [_units(record, parameters.unit) for record in chunk]
             rows = [
                 _ids(record) if found is None else found.ids
@@ -336,6 +336,33 @@ class Collector:
                 place = place_loop(text, loops[-1], len(seen.labels), units)
                 before = text if place is None else text[: place[1]]
                 one.num_answered = int(has_answer(before, self._answer_marker))
+
+
+def _num_first(records: Sequence[Record]) -> int | None:
+    """How many of the first rollouts decide what is measured; None while there are too few."""
+    size = 0
+    for place, record in enumerate(records, start=1):
+        size += _num_characters(record)
+        if place == _NUM_FIRST or size >= _FIRST_CHARACTERS:
+            return place
+    return None
+
+
+def _chunks(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
+    """Rollouts that are labelled at once, in order."""
+    start, size = 0, 0
+    for place, record in enumerate(records):
+        more = _num_characters(record)
+        if place > start and (place - start == _CHUNK or size + more > _CHUNK_CHARACTERS):
+            yield records[start:place]
+            start, size = place, 0
+        size += more
+    if start < len(records):
+        yield records[start:]
+
+
+def _num_characters(record: Record) -> int:
+    return max(len(record.completion), len(_ids(record)))
 
 
 def _units(record: Record, unit: str) -> Units | None:

@@ -16,6 +16,7 @@ _NUM_CLASSES = 2**17
 
 # Design: about as many bins as can be told apart on a page.
 _NUM_BINS = 40
+_MOST_BINS = 128  # a budget below 128 may have as many bins as tokens
 
 # Design: a pile of 3 rollouts and of 1%, more than 10 times as many as the lengths just below
 # would give by themselves. Answers that are all alike may well be 20 tokens long, but then the
@@ -134,8 +135,9 @@ def _edges(longest: int, budget: int | None) -> NDArray[np.int64]:
 
 def _divisor(budget: int) -> int | None:
     """The width nearest to a fortieth of the budget that divides it, if there is one near."""
-    near = range(max(1, budget // 64), budget // 20 + 1)
-    fitting = [width for width in near if budget % width == 0]
+    # By the number of bins, of which there are few, and not by the widths, which grow with it.
+    widths = [budget // bins for bins in range(20, _MOST_BINS) if budget % bins == 0]
+    fitting = [width for width in widths if width >= max(1, budget // 64)]
     return min(fitting, key=lambda w: abs(math.log(w * _NUM_BINS / budget)), default=None)
 
 
