@@ -236,7 +236,7 @@ def test_a_folder_is_searched_sensibly(tmp_path: Path) -> None:
 
 def test_mapping_reaches_into_objects(tmp_path: Path) -> None:
     row = {"q": "p", "it": "7", "a": {"t": "text", "n": 2.0, "why": {"type": "length"}}}
-    row |= {"lp": [[-1, "NaN"]], "ok": "yes", "v": "0.5"}
+    row |= {"lp": [[-1, None]], "ok": "yes", "v": "0.5"}
     mapping = {"completion": "a.t", "prompt": "q", "step": "it", "stop_reason": "a.why"}
     mapping |= {"length": "a.n", "student_logprobs": "lp.0", "correct": "ok", "score": "v"}
     dump = open_dump([write(tmp_path / "x.jsonl", [row])], mapping=mapping)

@@ -152,7 +152,7 @@ def test_a_value_that_cannot_be_used_is_dropped(
 
 def test_log_probs_give_the_length_where_nothing_else_does(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"completion": "c", "teacher_logprobs": [-1, NaN, null], "advantage": 2}')
+    path.write_text('{"completion": "c", "teacher_logprobs": [-1, null, null], "advantage": 2}')
     (found,) = next(open_dump([path]).batches())
     assert found.num_tokens == 3
     np.testing.assert_array_equal(found.teacher_logps, [-1, np.nan, np.nan])

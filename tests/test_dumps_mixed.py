@@ -47,7 +47,7 @@ def test_a_huge_step_is_dropped_and_the_name_of_the_file_counts(tmp_path: Path) 
     ("change", "named"),
     [
         ({"student_logprobs": "abc"}, "student_logprobs: not a list of numbers"),
-        ({"teacher_logprobs": [1, 2], "length": 1}, "teacher_logprobs: 2 numbers for 1 token"),
+        ({"teacher_logprobs": [-1, -2], "length": 1}, "teacher_logprobs: 2 numbers for 1 token"),
         ({"completion_ids": [1, "x"]}, "completion_ids: not a list of token ids"),
         ({"num_tokens": -4}, "length: -4 is not a whole number"),
         ({"advantages": [[1]]}, "advantages: not a list of numbers"),
@@ -60,7 +60,7 @@ def test_columns_that_come_late_are_read(
     tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     if "length" in change:
-        change = {"teacher_logprobs": [1, 2], "num_tokens": 1}
+        change = {"teacher_logprobs": [-1, -2], "num_tokens": 1}
     rows = [{"step": 1, "completion": "a"}] * 20
     dump = open_dump([write(tmp_path / "x.jsonl", [*rows, rows[0] | change])])
     assert len(records(dump)) == 21

@@ -314,21 +314,30 @@ def diagnose(
         ),
     ] = [],  # noqa: B006 (typer reads the default and never changes it)
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The length budget: as long as this is cut off.")
+        int | None,
+        typer.Option(min=1, max=2**53, help="The length budget: as long as this is cut off."),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="tokenizer.json or its folder: counts tokens of text.")
     ] = None,
-    window_chars: Annotated[int, typer.Option(min=1, help="L of RepRate, characters.")] = 10_000,
-    ratio: Annotated[float, typer.Option(min=1.0, help="tau of RepRate.")] = 10.0,
-    ngram: Annotated[int | None, typer.Option(min=1, help="n of repetitive tokens; 8.")] = None,
-    min_run: Annotated[int, typer.Option(min=0, help="Shortest repetitive run that counts.")] = 0,
+    window_chars: Annotated[
+        int, typer.Option(min=1, max=2**31, help="L of RepRate, characters.")
+    ] = 10_000,
+    ratio: Annotated[float, typer.Option(min=1.0, max=1e6, help="tau of RepRate.")] = 10.0,
+    ngram: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="n of repetitive tokens; 8.")
+    ] = None,
+    min_run: Annotated[
+        int, typer.Option(min=0, max=2**31, help="Shortest repetitive run that counts.")
+    ] = 0,
     answer_marker: Annotated[str, typer.Option(help="What stands before a final answer.")] = "",
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged lines.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow a run that goes on.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 10.0,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="Seconds between looks.")
+    ] = 10.0,
 ) -> None:
     """Say what happened in a run of any framework; exit code 0 healthy, 1 collapse."""
     from stableopd.diagnose import command

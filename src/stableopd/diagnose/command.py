@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from stableopd.diagnose.show import as_json, show
 from stableopd.diagnose.watch import Seen, watch
 from stableopd.diagnostics.alarm import Level
 from stableopd.diagnostics.verdict import Diagnosis
+from stableopd.integrations.dump_rows import looking_at, size_of
 from stableopd.runfolder import RunFolder
 from stableopd.runfolder.outputs import choose_output, is_our_page
 from stableopd.terminal import table
@@ -108,8 +110,9 @@ def diagnose_paths(paths: Sequence[Path], reading: Reading) -> Diagnosis:
         StableOPDError: It cannot be read; the message says why.
     """
     for path in paths:
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder.")
+        with looking_at(path):
+            if not os.path.lexists(path):
+                raise DataError(f"{path}: no such file or folder.")
     runs = [path for path in paths if is_run_folder(path)]
     if len(runs) > 1:
         raise ConfigError(
@@ -140,9 +143,7 @@ def read_runs(paths: Sequence[Path]) -> list[Diagnosis]:
         RunFolderError: One of them is no run.
     """
     folders = [RunFolder.open(path) for path in paths]
-    sizes = [
-        file.stat().st_size for folder in folders for file in folder.path.glob("rollouts/*.jsonl")
-    ]
+    sizes = [size_of(file) for folder in folders for file in folder.path.glob("rollouts/*.jsonl")]
     with _progress(sum(sizes)) as on_bytes:
         return [diagnose_run(folder, on_bytes) for folder in folders]
 

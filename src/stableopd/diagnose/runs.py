@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stableopd.config import repetition_of
 from stableopd.diagnose.notes import about_window, damage, how_truncation
@@ -16,9 +16,11 @@ from stableopd.diagnostics.alarm import Alarm, Level, advance, after_rollback
 from stableopd.diagnostics.collect import Collector
 from stableopd.diagnostics.evidence import Facts
 from stableopd.diagnostics.lines import lines_of, onset_of
+from stableopd.diagnostics.losses import Losses
 from stableopd.diagnostics.overlap import find_agreement
 from stableopd.diagnostics.summary import Parameters, Summary
 from stableopd.diagnostics.verdict import Diagnosis, judge
+from stableopd.integrations.dump_rows import looking_at
 from stableopd.integrations.dumps import Dump, open_dump
 from stableopd.runfolder import RunFolder
 from stableopd.types import DataError, RunFolderError
@@ -74,7 +76,8 @@ class Reading:
 def is_run_folder(path: Path) -> bool:
     """Whether a path is the folder of a run of this program."""
     others = ("environment.json", "metrics.jsonl", "rollouts")
-    return (path / "config.toml").is_file() and any((path / name).exists() for name in others)
+    with looking_at(path):
+        return (path / "config.toml").is_file() and any((path / name).exists() for name in others)
 
 
 def diagnose_run(folder: RunFolder, on_bytes: OnBytes | None = None) -> Diagnosis:
@@ -95,15 +98,23 @@ def diagnose_run(folder: RunFolder, on_bytes: OnBytes | None = None) -> Diagnosi
     repetition = repetition_of(table.get("repetition", {}), str(folder.path / "config.toml"))
     marker = table.get("data", {}).get("answer_marker", "")
     budget = table.get("rollout", {}).get("max_new_tokens")
-    collector = Collector(
-        Parameters(repetition.window_chars, repetition.ratio, repetition.ngram, repetition.min_run),
-        max_new_tokens=budget if isinstance(budget, int) else None,
-        answer_marker=marker if isinstance(marker, str) else "",
-    )
+
+    def begin() -> Collector:
+        return Collector(
+            Parameters(
+                repetition.window_chars, repetition.ratio, repetition.ngram, repetition.min_run
+            ),
+            max_new_tokens=budget if isinstance(budget, int) else None,
+            answer_marker=marker if isinstance(marker, str) else "",
+        )
+
     notes: list[str] = []
+    collector, losses, lines = begin(), Losses(), tuple(folder.metrics())
     if folder.rollout_steps():
         dump = open_dump([folder.path / "rollouts"], format="stableopd")
-        _collect(collector, dump, on_bytes)
+        collector = _collect(begin, dump, on_bytes)
+        # Lines of metrics tell of every step, also of those whose rollouts are lost.
+        losses = Losses() if lines else dump.losses
         notes += damage(dump)
     else:
         notes.append("The run kept no rollouts.")
@@ -113,9 +124,10 @@ def diagnose_run(folder: RunFolder, on_bytes: OnBytes | None = None) -> Diagnosi
         folder.path.name,
         "run folder",
         summary,
-        tuple(folder.metrics()),
+        lines,
         _facts(table, environment),
         [*notes, *collector.notes],
+        losses,
         config=folder.config_text(),
         environment=json.dumps(environment, indent=2, ensure_ascii=False) if environment else "",
     )
@@ -158,7 +170,7 @@ def diagnose_dump(dump: Dump, reading: Reading, on_bytes: OnBytes | None = None)
         DataError: No rollout is in it, or (strict) a line is damaged.
     """
     summary, notes = measure(dump, reading, on_bytes)
-    name = str(dump.files[0] if dump.num_files == 1 else os.path.commonpath(dump.files))
+    name = str(dump.files[0]) if dump.num_files == 1 else _common_folder(dump.files)
     name = name or f"{dump.files[0]} and {dump.num_files - 1} more"
     if not summary.overall.num_rollouts:
         raise DataError(
@@ -166,7 +178,14 @@ def diagnose_dump(dump: Dump, reading: Reading, on_bytes: OnBytes | None = None)
             f"{dump.damaged[0] if dump.damaged else 'the files are empty'}."
         )
     lines = lines_of(summary)
-    return _diagnosis(name, dump.format_name, summary, lines, Facts(), notes)
+    return _diagnosis(name, dump.format_name, summary, lines, Facts(), notes, dump.losses)
+
+
+def _common_folder(files: Sequence[Path]) -> str:
+    """The folder that all files are in; "" where there is none but the root or here."""
+    if len({file.is_absolute() for file in files}) > 1:
+        files = [file.absolute() for file in files]
+    return os.path.commonpath(files)
 
 
 def measure(
@@ -181,22 +200,32 @@ def measure(
     parameters = Parameters(reading.window_chars, reading.ratio, min_run=reading.min_run)
     if reading.ngram is not None:
         parameters = dataclasses.replace(parameters, ngram=reading.ngram)
-    collector = Collector(
-        parameters,
-        max_new_tokens=reading.max_new_tokens,
-        tolerance=RETOKENISED_TOLERANCE if retokenised else 0.0,
-        answer_marker=reading.answer_marker,
-    )
-    _collect(collector, dump, on_bytes)
+
+    def begin() -> Collector:
+        return Collector(
+            parameters,
+            max_new_tokens=reading.max_new_tokens,
+            tolerance=RETOKENISED_TOLERANCE if retokenised else 0.0,
+            answer_marker=reading.answer_marker,
+        )
+
+    collector = _collect(begin, dump, on_bytes)
     notes = [*damage(dump), *dump.notes, *collector.notes]
     if retokenised and dump.lengths_are_retokenised:
         notes.append("Lengths were counted by tokenizing the text again: they may be a little off.")
     return collector.summary(), notes
 
 
-def _collect(collector: Collector, dump: Dump, on_bytes: OnBytes | None) -> None:
+def _collect(begin: Callable[[], Collector], dump: Dump, on_bytes: OnBytes | None) -> Collector:
+    """Measure a dump; a second time where a later attempt at some steps takes their place."""
+    collector = begin()
     for records in dump.batches(on_bytes):
         collector.add(records)
+    if dump.has_earlier_attempts:
+        collector = begin()
+        for records in dump.batches(last_attempts=True):
+            collector.add(records)
+    return collector
 
 
 def _diagnosis(
@@ -206,6 +235,7 @@ def _diagnosis(
     lines: Sequence[Mapping[str, Any]],
     facts: Facts,
     notes: Sequence[str],
+    losses: Losses,
     config: str = "",
     environment: str = "",
 ) -> Diagnosis:
@@ -229,7 +259,7 @@ def _diagnosis(
         lines=tuple(lines),
         onset=onset,
         repetition_onset=repetition,
-        verdict=judge(summary, lines, onset, repetition, facts, alarm),
+        verdict=judge(summary, lines, onset, repetition, facts, alarm, losses),
         notes=tuple(
             note
             for note in (
@@ -290,11 +320,14 @@ def _environment(folder: RunFolder) -> dict[str, Any]:
 
 
 def _facts(table: Mapping[str, Any], environment: Mapping[str, Any]) -> Facts:
-    stops = environment.get("stops") or {}
+    found = environment.get("stops")
+    stops = cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
     def ids(name: str) -> tuple[int, ...] | None:
         value = stops.get(name)
-        return tuple(value) if isinstance(value, list) else None
+        if not isinstance(value, list) or not all(type(entry) is int for entry in value):
+            return None
+        return tuple(cast(list[int], value))
 
     mode = stops.get("mode") or table.get("objective", {}).get("stop")
     mode = mode if isinstance(mode, str) else None

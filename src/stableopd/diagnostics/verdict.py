@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stableopd.diagnostics.alarm import Alarm, Level
@@ -25,6 +25,7 @@ from stableopd.diagnostics.evidence import (
     find_clues,
     say,
 )
+from stableopd.diagnostics.losses import Losses, hidden_by, weaken
 from stableopd.diagnostics.onset import Onset
 from stableopd.diagnostics.summary import Summary
 
@@ -107,6 +108,7 @@ def judge(
     repetition_onset: Onset,
     facts: Facts | None = None,
     alarm: Alarm | None = None,
+    losses: Losses | None = None,
 ) -> Verdict:
     """Say whether a run collapsed, of which cause, and on what evidence.
 
@@ -117,13 +119,16 @@ def judge(
         repetition_onset: Of the share of repetitive units.
         facts: What the run's own files say about stops.
         alarm: State of the alarm after these lines: its early signs are told of a healthy run.
+        losses: What of the rollouts could not be read.
 
     Returns:
         The verdict. A collapse is TruncRate that rose to 0.6 or more and stayed, or that is 0.9 or
         more throughout; where cut-offs are unknown or guessed from lengths, also repetition that
-        rose to 0.5 and stayed; and whatever the alarm calls a collapse at the last step.
+        rose to 0.5 and stayed; and whatever the alarm calls a collapse at the last step. Where
+        none is found and one may be in what was lost, the verdict is "too little data".
     """
     num_rollouts, alarm = summary.overall.num_rollouts, alarm or Alarm()
+    losses = losses or Losses()
     if num_rollouts < MIN_ROLLOUTS:
         count = "1 rollout" if num_rollouts == 1 else f"{num_rollouts or 'No'} rollouts"
         return _too_little(f"{count}: too few to judge")
@@ -134,7 +139,10 @@ def judge(
     sign = _sign(summary, onset, repetition_onset, clues, alarm)
     evidence = say(summary, clues, onset, repetition_onset, facts, bool(sign))
     if not sign:
-        return _healthy(summary, onset, evidence, clues, alarm)
+        if hidden := hidden_by(losses):
+            return _too_much_lost(hidden, evidence)
+        found = _healthy(summary, onset, evidence, clues, alarm)
+        return replace(found, confidence=weaken(found.confidence, losses))
     if sign == "alarm":
         evidence = (*evidence, f"At the last step the alarm says collapse: {alarm.reason}.")
     cause, confidence = _cause(clues)
@@ -142,7 +150,7 @@ def judge(
         confidence = "low" if confidence == "low" else "medium"
     headline = _headline(sign, cause, onset, repetition_onset)
     advice = _advice(cause, onset, repetition_onset, alarm)
-    return Verdict(cause, True, confidence, headline, evidence, advice)
+    return Verdict(cause, True, weaken(confidence, losses), headline, evidence, advice)
 
 
 def _too_little(what: str) -> Verdict:
@@ -153,6 +161,17 @@ def _too_little(what: str) -> Verdict:
         f"{what}; {MIN_ROLLOUTS} or more with text are needed.",
         (),
         ("Give the dumps of more steps.",),
+    )
+
+
+def _too_much_lost(why: str, evidence: tuple[str, ...]) -> Verdict:
+    return Verdict(
+        "too little data",
+        False,
+        "low",
+        f"No collapse in what could be read, but {why}: too little to judge.",
+        evidence,
+        ("Restore what is damaged; the notes name it. Or diagnose the steps before it by name.",),
     )
 
 

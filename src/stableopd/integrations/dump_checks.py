@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stableopd.integrations.dump_files import binary_columns, is_beside, read_rows
-from stableopd.integrations.dump_formats import FORMATS, ROLES, columns_of, detect, reach
+from stableopd.integrations.dump_files import free_name, is_beside
+from stableopd.integrations.dump_formats import (
+    FORMATS,
+    KNOWN_COLUMNS,
+    ROLES,
+    columns_of,
+    detect,
+    reach,
+)
+from stableopd.integrations.dump_rows import (
+    Break,
+    binary_columns,
+    column_kinds,
+    looking_at,
+    read_rows,
+    size_of,
+)
+from stableopd.integrations.dump_steps import NO_STEPS, STEPS_OF_FILES
 from stableopd.types import DataError, StopReason
 
 __all__ = [
@@ -20,11 +37,14 @@ __all__ = [
     "peek",
     "refuse_others",
     "take_meanings",
+    "take_steps",
     "unknown",
 ]
 
 PEEKED_ROWS = 8
 PEEKED_LINES = 100
+PEEKED_BYTES = 2**23
+UNREAD = "(not read)"  # stands for a value of a column that plays no role
 
 # Roles of a mapping that are no columns: values of the stop reason, and what they mean.
 MEANINGS = {"truncated_value": StopReason.LENGTH, "stopped_value": StopReason.STOP}
@@ -45,10 +65,17 @@ def take_meanings(mapping: dict[str, str]) -> dict[str, StopReason]:
     return found
 
 
+def take_steps(mapping: dict[str, str]) -> str:
+    """Take out of a mapping what is said of steps that no column has; "" for nothing."""
+    if mapping.get("step") in (STEPS_OF_FILES, NO_STEPS):
+        return mapping.pop("step")
+    return ""
+
+
 def refuse_others(format: str, file: Path, left_out: Sequence[Path]) -> None:
     """Refuse rollouts of another framework among the files that a folder's search passed over."""
     for other in left_out:
-        if is_beside(other) or not other.stat().st_size or not (rows := peek(other)):
+        if is_beside(other) or not size_of(other) or not (rows := peek(other)):
             continue
         name = detect(other, rows)
         # Rows of no framework that have no step are rather a data set.
@@ -83,18 +110,37 @@ def check_columns(
             )
 
 
-def peek(file: Path) -> list[dict[str, Any]]:
-    """The first rows of a file, up to 8, that are no damage."""
-    rows = (row for _, row in itertools.islice(read_rows(file, lambda _: None), PEEKED_LINES))
-    return list(itertools.islice((row for row in rows if isinstance(row, dict)), PEEKED_ROWS))
+def peek(file: Path, mapping: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """The first rows of a file, up to 8, that are no damage.
+
+    Args:
+        file: The file.
+        mapping: Columns by role that the user named.
+
+    Returns:
+        The rows; of a table the columns that may play a role, and of others the name.
+    """
+    kinds = column_kinds(file)
+    wanted = None
+    if kinds is not None:
+        named = {column.partition(".")[0] for column in (mapping or {}).values()}
+        named |= {*KNOWN_COLUMNS, *(mapping or {}).values()}
+        wanted = {name for name, is_number in kinds.items() if is_number or name in named}
+    found: list[dict[str, Any]] = []
+    rows = read_rows(file, lambda _: None, wanted, PEEKED_BYTES)
+    for _, row in itertools.islice(rows, PEEKED_LINES):
+        if isinstance(row, dict):
+            found.append(dict.fromkeys(kinds or (), UNREAD) | row)
+        if len(found) == PEEKED_ROWS:
+            break
+    return found
 
 
-def common_format(files: Sequence[Path], peeked: Mapping[Path, list[dict[str, Any]]]) -> str:
+def common_format(kinds: Mapping[Path, str]) -> str:
     """The format of all files; of one that has no readable row nothing is said."""
     found: dict[str, Path] = {}
-    for file in files:
-        if rows := peeked[file]:
-            found.setdefault(detect(file, rows), file)
+    for file, kind in kinds.items():
+        found.setdefault(kind, file)
     if len(found) > 1:
         one, other = itertools.islice(((file, name) for name, file in found.items()), 2)
         raise DataError(_two_kinds(one, other))
@@ -124,16 +170,19 @@ def unknown(file: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def nothing_readable(file: Path) -> str:
     """What is said of a file without a readable row."""
-    if file.suffix == ".parquet" and next(read_rows(file, lambda _: None), None) is None:
+    line, row = next(read_rows(file, lambda _: None, most_bytes=PEEKED_BYTES), (0, ""))
+    if not line and file.suffix == ".parquet":
         return f"{file}: the table has no rows; there is no rollout in it."
-    line, row = next(iter(read_rows(file, lambda _: None)), (1, "only blank lines"))
-    with file.open("rb") as start:
+    if isinstance(row, Break):
+        return f"{file}: {row.reason}."
+    with looking_at(file), file.open("rb") as start:
         if start.read(64).lstrip().startswith(b"["):
             return (
-                f"{file}: a JSON array; write one object a line: jq -c '.[]' {file} > "
-                f"{file.with_suffix('.jsonl')}"
+                f"{file}: a JSON array; write one object a line: jq -c '.[]' "
+                f"{shlex.quote(str(file))} > {shlex.quote(str(free_name(file)))}"
             )
-    return f"{file}: no readable line; line {line}: {row}."
+    said = row if line else "only blank lines"
+    return f"{file}: no readable line; line {max(line, 1)}: {said}."
 
 
 def count(number: int, what: str) -> str:

@@ -1,20 +1,18 @@
-"""The files of a dump: which of a folder's they are, and their rows, read one by one."""
+"""The files of a dump: which of a folder's they are."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
 
+from stableopd.integrations.dump_rows import looking_at
+from stableopd.integrations.dump_steps import step_in_name
 from stableopd.types import DataError
 
-__all__ = ["RawRow", "binary_columns", "find_files", "is_beside", "read_rows", "step_in_name"]
+__all__ = ["find_files", "free_name", "is_beside"]
 
 LINE_ENDINGS = (".jsonl", ".jsonl.gz")
 ENDINGS = (*LINE_ENDINGS, ".parquet")
@@ -34,17 +32,9 @@ KNOWN = re.compile(
     r"|train_data_step\d+\.jsonl"
 )
 
-STEP_STEM = re.compile(
-    r"(?:^|[a-z_-])(?:step|rollouts?|iter(?:ation)?|completions|data|batch)[_-]?(\d+)$",
-    re.IGNORECASE,
-)
-STEP_FOLDER = re.compile(r"(?:global_)?step[_-]?(\d+)", re.IGNORECASE)
-
-PROGRESS_BYTES = 1 << 20
-MOST_STEP = 2**53
-
-# A row's line (from 1) and either its columns or what is wrong with it.
-RawRow = tuple[int, dict[str, Any] | str]
+# Folders of what is no training, and of what is a part of their sibling `all` (prime-rl).
+EVALUATION_FOLDERS = re.compile(r"eval(s|uations?)?|val(idation)?", re.IGNORECASE)
+PART_FOLDER, ALL_FOLDER = "effective", "all"
 
 
 def find_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -64,135 +54,42 @@ def find_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     found: dict[Path, Path] = {}
     left_out: list[Path] = []
     for path in paths:
-        try:
+        with looking_at(path):
             if path.is_dir():
                 here, others = _search(path)
                 left_out += others
-            elif path.exists():
+            elif path.is_file():
                 _refuse_unreadable(path)
                 here = [path]
+            elif path.exists():
+                raise DataError(f"{path}: a pipe or a device; write it to a file first.")
             else:
-                raise DataError(f"{path}: no such file or folder.")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
+                what = "a link to nothing" if path.is_symlink() else "no such file or folder"
+                raise DataError(f"{path}: {what}.")
         for file in here:
-            found.setdefault(file.resolve(), file)
+            found.setdefault(_identity(file), file)
     if not found:
         raise DataError("No file was named; give the files or folders of the dump.")
     return list(found.values()), left_out
 
 
-def step_in_name(path: Path) -> int | None:
-    """The step that a file's name (12.jsonl, rollout_12.jsonl) or folder (step_12/) gives."""
-    stem, folder = path.name.partition(".")[0], STEP_FOLDER.fullmatch(path.parent.name)
-    if stem.isdecimal() and not folder:
-        digits = stem
-    elif found := STEP_STEM.search(stem) or folder:
-        digits = found[1]
-    else:
-        return None
-    return step if (step := int(digits)) <= MOST_STEP else None
+def _identity(file: Path) -> Path:
+    """What tells a file from others, whatever links lead to it."""
+    try:
+        return file.resolve()
+    except (RuntimeError, OSError):  # a link to itself
+        return file.absolute()
 
 
 def is_beside(path: Path) -> bool:
     """Whether a file is by its name what lies beside rollouts: a log or an evaluation."""
-    return not _is_train(path.name)
+    return not _is_train(path.name) or path.parent.name == PART_FOLDER
 
 
-def binary_columns(path: Path) -> list[str]:
-    """The columns of bytes in a parquet file, which are not read: images and the like."""
-    import pyarrow.parquet as parquet
-
-    return [field.name for field in parquet.read_schema(path) if _is_binary(field.type)]
-
-
-def read_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[RawRow]:
-    """Read a file row by row.
-
-    Args:
-        path: A parquet file, or one with a JSON object a line, plain or gzipped.
-        on_bytes: Is told, now and then, how many bytes more of the file were read; the numbers
-            add up to the file's size.
-
-    Yields:
-        The line (row) number from 1, and the columns or, for a damaged line, what is wrong.
-        Blank lines are passed over. A file that breaks off is a damaged line where it does.
-
-    Raises:
-        DataError: The file cannot be opened.
-    """
-    try:
-        if path.name.endswith(".parquet"):
-            yield from _parquet_rows(path, on_bytes)
-        else:
-            yield from _line_rows(path, on_bytes)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
-
-
-def _line_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[RawRow]:
-    number = 0
-    with path.open("rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else io.BufferedReader(raw.raw)
-        told = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                if (place := raw.tell()) - told >= PROGRESS_BYTES:
-                    on_bytes(place - told)
-                    told = place
-                if row := _parse(line, number):
-                    yield number, row
-        except (EOFError, gzip.BadGzipFile) as error:
-            yield number + 1, f"the gzip file breaks off here ({error})"
-        on_bytes(os.fstat(raw.fileno()).st_size - told)
-
-
-def _parse(line: bytes, number: int) -> dict[str, Any] | str:
-    """The object of a line, what is wrong with it, or "" for a blank line."""
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        if not text.strip():
-            return ""
-        row: Any = json.loads(text.rstrip())
-    except UnicodeDecodeError as error:
-        return f"not valid UTF-8 at byte {error.start + 1} of the line"
-    except json.JSONDecodeError as error:
-        cut = "" if line.endswith(b"\n") else "; the line is cut off"
-        return f"not valid JSON ({error.msg}, at character {error.pos + 1}){cut}"
-    except (ValueError, RecursionError) as error:
-        return f"JSON that is too large ({str(error).partition(';')[0]})"
-    if not isinstance(row, dict):
-        return f"JSON, but not an object ({type(row).__name__})"
-    return cast(dict[str, Any], row) or "an empty object"
-
-
-def _parquet_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[RawRow]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    size, told, number = path.stat().st_size, 0, 0
-    try:
-        # Without pre_buffer a row group is not held in memory as a whole.
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            rows = max(file.metadata.num_rows, 1)
-            names = [field.name for field in file.schema_arrow if not _is_binary(field.type)]
-            for batch in file.iter_batches(batch_size=256, columns=names):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-                on_bytes(size * number // rows - told)
-                told = size * number // rows
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        yield number + 1, f"not readable as parquet from here on ({reason})"
-    on_bytes(size - told)
-
-
-def _is_binary(kind: Any) -> bool:
-    from pyarrow import types
-
-    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
-    return any(test(kind) for test in tests)
+def free_name(path: Path) -> Path:
+    """A name for the lines of a file, for commands that we print: they write over nothing."""
+    names = (path.with_suffix(".jsonl"), *(path.with_name(f"{path.name}.{i}.jsonl") for i in "123"))
+    return next((name for name in names if not os.path.lexists(name)), names[-1])
 
 
 def _search(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -209,15 +106,36 @@ def _search(folder: Path) -> tuple[list[Path], list[Path]]:
             names = ", ".join(str(run) for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
             raise DataError(f"{folder}: holds {len(runs)} run folders ({names}); name one of them.")
         return _search(runs[0])
-    for wanted in (KNOWN.fullmatch, _is_train, lambda name: not JUNK.fullmatch(name)):
-        files = [f for f in every if wanted(f.name)]
+    parts = _parts_of_others(every)
+    rollouts = [f for f in every if f not in parts]
+    trained = [f for f in rollouts if not _is_evaluated(f.relative_to(folder))]
+    for files in (
+        [f for f in trained if KNOWN.fullmatch(f.name)],
+        [f for f in trained if _is_train(f.name)],
+        [f for f in rollouts if not JUNK.fullmatch(f.name)],
+    ):
         nearest = min((len(f.parts) for f in files if not _is_step(f.parent)), default=None)
         if nearest is not None:
             # What lies nearest is what was meant; folders of single steps count as one place.
             files = [f for f in files if len(f.parts) == nearest or _is_step(f.parent)]
         if files:
-            return files, [f for f in every if f not in set(files)]
+            chosen = set(files)
+            return files, [f for f in every if f not in chosen]
     raise DataError(_nothing_in(folder, every))
+
+
+def _parts_of_others(files: Sequence[Path]) -> set[Path]:
+    """Files whose rows stand in the file of the same name in the folder `all` as well."""
+    every = set(files)
+    return {
+        f
+        for f in files
+        if f.parent.name == PART_FOLDER and f.parent.parent / ALL_FOLDER / f.name in every
+    }
+
+
+def _is_evaluated(path: Path) -> bool:
+    return any(EVALUATION_FOLDERS.fullmatch(folder.name) for folder in path.parents)
 
 
 def _is_train(name: str) -> bool:
@@ -225,7 +143,7 @@ def _is_train(name: str) -> bool:
 
 
 def _is_step(folder: Path) -> bool:
-    return STEP_FOLDER.fullmatch(folder.name) is not None
+    return step_in_name(folder / "rollouts.jsonl") is not None
 
 
 def _is_run(folder: Path) -> bool:
@@ -233,7 +151,10 @@ def _is_run(folder: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that cannot be listed may hold half of the dump
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not JUNK_FOLDERS.fullmatch(name)]
         for name in names:
             if name.endswith(ENDINGS) and not name.startswith("."):
@@ -286,7 +207,7 @@ def _packed(path: Path) -> str:
 
 
 def _conversion(path: Path) -> str:
-    source, target = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(".jsonl")))
+    source, target = shlex.quote(str(path)), shlex.quote(str(free_name(path)))
     return (
         f"{path}: a pickle, which can run any code when it is loaded and is never opened here; "
         "where you trust it, make lines of it: python -c 'import json, sys, torch; "

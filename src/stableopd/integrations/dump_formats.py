@@ -12,16 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, cast
 
-from stableopd.integrations.dump_values import chat_text, split_chat
+from stableopd.integrations.dump_values import chat_text, number, split_chat
 from stableopd.types import StopReason
 
 __all__ = [
     "FORMATS",
+    "KNOWN_COLUMNS",
     "ROLES",
     "columns_of",
     "detect",
     "label",
     "late_columns",
+    "needed_columns",
     "reach",
     "unfold",
 ]
@@ -63,11 +65,16 @@ GENERIC = {
     "completion": (
         *("completion", "response", "output", "generation", "generated_text", "model_response"),
         *("model_output", "text", "messages", "conversations"),
+        *("completions", "responses", "outputs", "generations"),  # several of one prompt
     ),
     "prompt": ("prompt", "input", "question", "query", "problem", "instruction"),
     "prompt_id": ("prompt_id", "example_id", "problem_id", "question_id"),
-    "step": ("step", "global_step", "train_step", "iteration"),
-    "completion_ids": ("completion_ids", "response_ids", "output_ids", "completion_token_ids"),
+    # tail_version: of the weights at a rollout's end (inclusionAI/AReaL).
+    "step": ("step", "global_step", "train_step", "iteration", "tail_version"),
+    "completion_ids": (
+        *("completion_ids", "response_ids", "output_ids", "completion_token_ids"),
+        *("response_token_ids", "output_token_ids", "response_tokens"),
+    ),
     "length": ("num_tokens", "completion_length", "response_length", "num_completion_tokens"),
     "stop_reason": ("stop_reason", "finish_reason", "is_truncated", "truncated"),
     "student_logprobs": ("student_logprobs", "student_logps", "rollout_log_probs", "logprobs"),
@@ -77,7 +84,32 @@ GENERIC = {
     "score": ("score", "reward"),
 }
 
+# Columns that are token ids in some files and their number in others.
+EITHER = ("response_tokens",)
+
 TOKEN_ROLES = ("completion_ids", "length", "stop_reason", "student_logprobs", "teacher_logprobs")
+
+# Columns that the unfolding of formats that nest or bundle looks at, and `detect` with it.
+NESTED = {
+    "nemo-rl": (
+        *("content", "input_lengths", "token_loss_mask", "token_ids", "prev_logprobs"),
+        *("generation_logprobs", "advantages", "rewards"),
+    ),
+    "prime-rl": (
+        *("traces", "run", "nodes", "calls", "task", "rewards", "reward", "info", "kind", "step"),
+        *("stop_condition", "prompt", "completion", "example_id", "env", "env_name", "error"),
+        *("is_truncated", "trajectory", "token_usage", "advantage"),
+    ),
+    "ms-swift": ("step", "prompt", "completion", "advantages"),
+}
+KNOWN_COLUMNS = {
+    *(column for table in FLAT.values() for column in table.values()),
+    *(column for names in GENERIC.values() for column in names),
+    *(column for names in NESTED.values() for column in names),
+    "gts",
+}
+
+PLACE = re.compile(r"[0-9]{1,9}")  # in a list
 
 Row = Mapping[str, Any]
 
@@ -109,7 +141,9 @@ def detect(path: Path, rows: Sequence[Row]) -> str:
         return "slime"
     if {"prompt", "completion"} <= keys and path.suffix == ".parquet":
         return "trl" if "step" in keys or path.name.startswith("completions_") else "generic"
-    return "generic" if any(key in keys for key in GENERIC["completion"]) else ""
+    if any(key in keys for key in GENERIC["completion"]):
+        return "generic"
+    return "generic" if any(_is_list(rows, key) for key in GENERIC["completion_ids"]) else ""
 
 
 def columns_of(name: str, rows: Sequence[Row], mapping: Mapping[str, str]) -> dict[str, str]:
@@ -127,7 +161,7 @@ def columns_of(name: str, rows: Sequence[Row], mapping: Mapping[str, str]) -> di
     known = {
         role: column
         for role, names in GENERIC.items()
-        if (column := next((column for column in names if column in keys), ""))
+        if (column := next((column for column in names if _plays(column, keys, rows)), ""))
     }
     found = known if name == "generic" else dict(FLAT.get(name, {}))
     if name in ("trl", "verl"):  # where reward functions and users may add columns of their own
@@ -153,11 +187,25 @@ def late_columns(name: str, keys: Set[str], columns: Mapping[str, str]) -> dict[
     """
     roles = GENERIC if name == "generic" else TOKEN_ROLES if name in ("trl", "verl") else ()
     found = {
-        role: next((column for column in GENERIC[role] if column in keys), "")
+        role: next((c for c in GENERIC[role] if c in keys and c not in EITHER), "")
         for role in roles
         if role not in columns
     }
     return {role: column for role, column in found.items() if column} | dict(columns)
+
+
+def needed_columns(name: str, columns: Mapping[str, str]) -> set[str]:
+    """The columns of a table that `unfold` looks at; all others are not read.
+
+    Args:
+        name: A key of `FORMATS`.
+        columns: From `columns_of`.
+
+    Returns:
+        Names of columns, some of which may not be there.
+    """
+    named = set(columns.values())
+    return {*named, *(column.partition(".")[0] for column in named), *NESTED.get(name, ())}
 
 
 def label(name: str, paths: Sequence[Path], columns: Mapping[str, str]) -> str:
@@ -166,6 +214,8 @@ def label(name: str, paths: Sequence[Path], columns: Mapping[str, str]) -> str:
     kind = " and ".join(sorted(endings))
     if name != "generic":
         return f"{FORMATS[name]} ({kind})"
+    if "completion" not in columns:
+        return f"{kind} (token ids from {columns['completion_ids']!r})"
     return f"{kind} (completion from {columns['completion']!r})"
 
 
@@ -177,7 +227,7 @@ def reach(row: Row, name: str) -> Any:
     for piece in name.split("."):
         if isinstance(value, Mapping):
             value = cast(Row, value).get(piece)
-        elif isinstance(value, list | tuple) and piece.isdecimal():
+        elif isinstance(value, list | tuple) and PLACE.fullmatch(piece):
             items = cast(Sequence[Any], value)
             value = items[int(piece)] if int(piece) < len(items) else None
         else:
@@ -211,10 +261,13 @@ def unfold(name: str, row: Row, columns: Mapping[str, str]) -> Iterator[dict[str
             yield _values(rollout, table | {"advantages": "advantages"} | dict(columns))
     else:
         roles = _values(row, columns)
+        if name == "generic" and _is_several(roles.get("completion")):
+            yield from _each(roles)
+            return
         if name == "slime" and columns["completion_ids"] == "tokens":
             roles["completion_ids"] = _tail(roles.get("completion_ids"), roles.get("length"))
             roles["score"] = None if isinstance(roles.get("score"), Mapping) else roles.get("score")
-        if columns["completion"] in ("messages", "conversations"):
+        if columns.get("completion") in ("messages", "conversations"):
             prompt, roles["completion"] = split_chat(roles["completion"])
             roles["prompt"] = roles.get("prompt") or prompt
         yield roles
@@ -222,6 +275,34 @@ def unfold(name: str, row: Row, columns: Mapping[str, str]) -> Iterator[dict[str
 
 def _values(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     return {role: reach(row, column) for role, column in columns.items()}
+
+
+def _is_several(value: Any) -> bool:
+    """Whether a completion's value holds several: texts, or the messages of a chat each."""
+    if not isinstance(value, list) or not value:
+        return False
+    items = cast(list[Any], value)
+    return all(isinstance(item, str) for item in items) or all(_is_chat(item) for item in items)
+
+
+def _is_chat(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(message, Mapping) for message in cast(list[Any], value))
+
+
+def _each(roles: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The completions of one prompt; lists that are as long belong to them one by one."""
+    many = len(roles["completion"])
+    parted = {
+        role
+        for role, value in roles.items()
+        if isinstance(value, list) and len(cast(list[Any], value)) == many and not _is_chat(value)
+    }
+    for place in range(many):
+        yield {role: v[place] if role in parted else v for role, v in roles.items()} | {
+            "completion": roles["completion"][place]
+        }
 
 
 def _tail(tokens: Any, length: Any) -> Any:
@@ -248,6 +329,14 @@ def _is_table(row: Row) -> bool:
     if not all(isinstance(column, list) for column in columns):
         return False
     return all(isinstance(text, str) for text in row["completion"])
+
+
+def _plays(column: str, keys: Set[str], rows: Sequence[Row]) -> bool:
+    return column in keys and (column not in EITHER or _is_list(rows, column))
+
+
+def _is_list(rows: Sequence[Row], key: str) -> bool:
+    return any(isinstance(row.get(key), list) for row in rows)
 
 
 def _is_number(rows: Sequence[Row], key: str) -> bool:
@@ -324,7 +413,8 @@ def _prime_rl(row: Row) -> Iterator[dict[str, Any]]:
         for trace in row["traces"] if work.get("type") != "eval" else ():
             yield _trace(trace) | {"step": work.get("step")}
     elif "nodes" in row:
-        yield _trace(row)
+        if row.get("kind") != "eval":
+            yield _trace(row)
     else:
         yield _output(row)
 
@@ -333,10 +423,12 @@ def _trace(trace: Row) -> dict[str, Any]:
     """The last branch of a trace: its sampled messages are the completion."""
     nodes = cast(list[Row], trace.get("nodes") or [])
     path: list[Row] = []
-    place = len(nodes) - 1 if nodes else None
+    place: Any = len(nodes) - 1 if nodes else None
     while place is not None and len(path) < len(nodes):
+        if type(place) is not int or not 0 <= place < len(nodes):
+            raise ValueError(f"a message's parent is {place!r}, and there are {len(nodes)}")
         path.append(nodes[place])
-        place = cast(int | None, nodes[place].get("parent"))
+        place = nodes[place].get("parent")
     path.reverse()
     first = next((i for i, node in enumerate(path) if node.get("sampled")), len(path))
     sampled = [node for node in path if node.get("sampled")]
@@ -354,7 +446,6 @@ def _trace(trace: Row) -> dict[str, Any]:
     if trace.get("stop_condition") in limits:
         reason = StopReason.LENGTH
     rewards = [reward for reward in cast(Row, trace.get("rewards") or {}).values() if reward]
-    parts = [r["score"] * r.get("weight", 1) if isinstance(r, Mapping) else r for r in rewards]
     trained = "trainer_logprobs" if sampled[-1].get("trainer_logprobs") else "logprobs"
     task = reach(trace, "task.key") or reach(trace, "task.data.idx")
     return {
@@ -366,9 +457,21 @@ def _trace(trace: Row) -> dict[str, Any]:
         "teacher_logprobs": _joined(sampled, "reference_logprobs"),
         "advantages": _joined(sampled, "advantages"),
         "stop_reason": reason,
-        "score": sum(parts) if parts else trace.get("reward"),
+        "score": _sum_of(rewards) if rewards else trace.get("reward"),
         "step": reach(trace, "info.prime_rl.step"),
     }
+
+
+def _sum_of(rewards: Sequence[Any]) -> Any:
+    """The weighted sum of a trace's rewards, or one of them that is no number."""
+    total = 0.0
+    for reward in rewards:
+        entry = cast(Row, reward) if isinstance(reward, Mapping) else {"score": reward}
+        try:
+            total += (number(entry["score"]) or 0.0) * (number(entry.get("weight", 1)) or 0.0)
+        except ValueError:
+            return entry
+    return total
 
 
 def _joined(nodes: Sequence[Row], key: str) -> list[Any] | None:

@@ -18,8 +18,10 @@ from stableopd.types import StopReason
 __all__ = [
     "chat_text",
     "completion_text",
+    "fits_text",
     "flag",
     "ids",
+    "logprobs",
     "number",
     "numbers",
     "prompt_text",
@@ -29,6 +31,13 @@ __all__ = [
 ]
 
 MOST = 2**53  # above, a float is not every whole number
+
+# Design: the longest text, and the most tokens, of one rollout: a few times the longest contexts.
+# Measuring takes up to 90 bytes a character. docs/dumps.md states them.
+MOST_CHARACTERS, MOST_TOKENS = 2**23, 2**21
+
+# Log-probs of nearly certain tokens may come out this far above 0 by rounding; as from a server.
+MOST_LOGP = 1e-3
 
 CUT_OFF = {
     *("length", "truncated", "truncate", "clipped", "overlong", "max_tokens", "max_new_tokens"),
@@ -54,6 +63,13 @@ def chat_text(content: Any) -> str:
         texts = [p if isinstance(p, str) else p.get("text") for p in parts if p]
         return "".join(text for text in texts if isinstance(text, str))
     return ""
+
+
+def fits_text(text: str) -> str:
+    """The same text; ValueError for one that is too long to be measured."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"a text of {len(text):,} characters; {MOST_CHARACTERS:,} are the most")
+    return text
 
 
 def completion_text(value: Any) -> str:
@@ -117,7 +133,9 @@ def stop_reason(
     """
     if isinstance(value, Mapping):
         value = cast(Mapping[str, Any], value).get("type")
-    if value is None or isinstance(value, StopReason):
+    if value is None or value != value:  # nan is how tables write that there is none
+        return None
+    if isinstance(value, StopReason):
         return value
     if meanings and (known := meanings.get(str(value).strip().lower())):
         return known
@@ -181,8 +199,10 @@ def ids(value: Any) -> NDArray[np.int64] | None:
     """Token ids as an array (T,)."""
     if value is None:
         return None
+    _refuse_many(value)
     try:
-        found = np.asarray(value)
+        # Of lists with a text in it numpy would make one array of texts, all as long as that one.
+        found = np.asarray(value if not _has_others(value) else None)
         if found.ndim == 1 and (found.dtype.kind in "iu" or not found.size):
             if not found.size or found.max() <= MOST:
                 return found.astype(np.int64, copy=False)
@@ -197,6 +217,7 @@ def numbers(value: Any) -> NDArray[np.float64] | None:
     """Numbers as an array (T,); null and "NaN" in it become nan."""
     if value is None:
         return None
+    _refuse_many(value)
     try:
         found = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -204,6 +225,37 @@ def numbers(value: Any) -> NDArray[np.float64] | None:
     if found.ndim > 1:
         raise ValueError("not a list of numbers")
     return found
+
+
+def logprobs(value: Any) -> NDArray[np.float64] | None:
+    """Log-probs in nats as an array (T,); null in it is unknown and becomes nan.
+
+    A value above 0, or nan, is none: all of them are refused then, as those of a server are.
+    """
+    found = numbers(value)
+    if found is None:
+        return None
+    unknown = np.isnan(found)
+    highest = np.max(found, where=~unknown, initial=-math.inf)
+    if highest > MOST_LOGP:
+        raise ValueError(f"{highest:g} is above 0, and no log-prob")
+    if unknown.any():
+        nulls = cast(Sequence[Any], value).count(None) if isinstance(value, list | tuple) else 0
+        if np.count_nonzero(unknown) != nulls:
+            raise ValueError("nan is no log-prob")
+    return found
+
+
+def _refuse_many(value: Any) -> None:
+    if isinstance(value, list | tuple) and len(cast(Sequence[Any], value)) > MOST_TOKENS:
+        many = len(cast(Sequence[Any], value))
+        raise ValueError(f"a list of {many:,}; {MOST_TOKENS:,} tokens are the most")
+
+
+def _has_others(value: Any) -> bool:
+    """Whether a list holds something else than numbers."""
+    items = cast(Sequence[Any], value) if isinstance(value, list | tuple) else ()
+    return not set(map(type, items)) <= {int, float}
 
 
 def _are_whole(found: NDArray[np.float64]) -> bool:
