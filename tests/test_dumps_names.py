@@ -12,7 +12,7 @@ import pytest
 
 from stableopd.diagnose.command import diagnose_command, diagnose_paths
 from stableopd.diagnose.runs import Reading
-from stableopd.integrations.dump_steps import Attempts, step_in_name
+from stableopd.integrations.dump_steps import StepAttempts, step_in_name
 from stableopd.integrations.dumps import Dump, open_dump
 from stableopd.types import DataError, Record
 
@@ -208,7 +208,7 @@ def test_a_second_attempt_that_ended_early_takes_the_place_of_all_later_steps(
 
 
 def stretches(steps: list[int]) -> dict[tuple[int, int], int]:
-    attempts = Attempts()
+    attempts = StepAttempts()
     for step in steps:
         attempts.see(0, step)
     return dict(attempts.cuts())

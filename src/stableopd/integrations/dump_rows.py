@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, cast
 from stableopd.types import DataError
 
 __all__ = [
-    "MOST_BYTES",
     "Break",
     "RawRow",
     "binary_columns",

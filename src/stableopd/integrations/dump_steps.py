@@ -10,10 +10,11 @@ from statistics import median
 
 from stableopd.types import DataError
 
-__all__ = ["NO_STEPS", "STEPS_OF_FILES", "Attempts", "name_steps", "step_in_name"]
+__all__ = ["NO_STEPS", "STEPS_OF_FILES", "StepAttempts", "name_steps", "step_in_name"]
 
 # What may stand for a column in `--map step=COLUMN`.
-STEPS_OF_FILES, NO_STEPS = "@file", "@none"
+STEPS_OF_FILES = "@file"
+NO_STEPS = "@none"
 
 # Several processes, or pieces, may write a file each for one step.
 _PIECE = (
@@ -105,7 +106,7 @@ class _File:
     is_ordered: bool = True
 
 
-class Attempts:
+class StepAttempts:
     """Finds the steps that a resumed run wrote again into the same file.
 
     A file whose steps fall back, a few times, and rise again from there over steps that were

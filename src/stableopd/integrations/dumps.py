@@ -34,7 +34,7 @@ from stableopd.integrations.dump_formats import (
     unfold,
 )
 from stableopd.integrations.dump_rows import Break, column_kinds, read_rows, size_of
-from stableopd.integrations.dump_steps import NO_STEPS, Attempts, name_steps, step_in_name
+from stableopd.integrations.dump_steps import NO_STEPS, StepAttempts, name_steps, step_in_name
 from stableopd.types import DataError, Record, StopReason
 
 __all__ = ["Dump", "open_dump"]
@@ -128,7 +128,7 @@ class Dump:
         self._counter, self._num_lines, self._num_files = LossCounter(), 0, 0
         self._lost_files, self._num_without_step = 0, 0
         self._num_replaced, self._replaced = 0, (2**63, -1)
-        self._attempts = Attempts()
+        self._attempts = StepAttempts()
 
     @property
     def shared_steps(self) -> int:
