@@ -1,9 +1,12 @@
 """Prompts read once give what whole sequences give: hidden states, gradients, and the choice."""
 
 import dataclasses
+import functools
+import inspect
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from stableopd import hidden
 from stableopd.hidden import base_of, prefix_of, reads_prompts_once, token_hidden_states
@@ -45,7 +48,7 @@ def test_hidden_states_and_gradients_to_the_last_digits():
     once, whole = both(model, batch)
     assert len(once) == len(whole) > 10
     for a, b in zip(once, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -57,7 +60,7 @@ def test_architectures(name):
     once, whole = both(model, collate(sequences(), PAD, CPU))
     for a, b in zip(once, whole, strict=True):
         # Some norms are in float32 whatever the weights are.
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+        assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
 
 
 def test_the_padding_id_changes_nothing():
@@ -77,7 +80,7 @@ def test_with_an_adapter():
     once, whole = both(model, collate(sequences(), PAD, CPU))
     assert len(once) > 10
     for a, b in zip(once, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_under_autocast():
@@ -86,20 +89,58 @@ def test_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert reads_prompts_once(model)
         once, whole = both(model, batch)
-    torch.testing.assert_close(once[0], whole[0], rtol=0.05, atol=0.05)
+    assert_close(once[0], whole[0], rtol=0.05, atol=0.05)
 
 
 def test_a_model_that_counts_positions_in_its_own_way_is_found_out(monkeypatch):
     model = make_llama()
     inner, forward = base_of(model).base_model, type(model.base_model).forward
 
-    def from_zero(self, *args, position_ids=None, past_key_values=None, **named):
-        return forward(self, *args, past_key_values=past_key_values, **named)
+    @functools.wraps(forward)
+    def from_zero(self, *args, **named):
+        named.pop("position_ids", None)
+        return forward(self, *args, **named)
 
     assert reads_prompts_once(make_llama())
     # Without the ids it counts places in the cache, the padding of the shorter prompt among them.
     monkeypatch.setattr(type(inner), "forward", from_zero)
     assert not reads_prompts_once(model)
+
+
+@pytest.mark.parametrize("name", hidden.CACHE_NAMES)
+def test_both_names_of_the_cache(monkeypatch, caplog, name):
+    model = make_llama()
+    backbone = type(model.base_model)
+    native, forward = (
+        hidden.cache_name(inspect.signature(backbone.forward).parameters),
+        backbone.forward,
+    )
+
+    def with_cache(self, *args, position_ids=None, cache=None, **named):
+        return forward(self, *args, position_ids=position_ids, **{native: cache}, **named)
+
+    def with_past(self, *args, position_ids=None, past_key_values=None, **named):
+        return forward(self, *args, position_ids=position_ids, **{native: past_key_values}, **named)
+
+    monkeypatch.setattr(backbone, "forward", with_cache if name == "cache" else with_past)
+    assert reads_prompts_once(model)
+    once, whole = both(model, collate(sequences(), PAD, CPU))
+    assert_close(once[0], whole[0], rtol=1e-4, atol=1e-5)
+    assert not caplog.records
+
+
+def test_a_model_that_could_read_prompts_once_and_does_not_is_named_once(monkeypatch, caplog):
+    hidden.tell_slow.cache_clear()
+    backbone = type(make_llama().base_model)
+    forward = backbone.forward
+    monkeypatch.setattr(
+        backbone, "forward", lambda self, *args, **named: forward(self, *args, **named)
+    )
+    for _ in range(2):
+        assert not reads_prompts_once(make_llama())
+    (told,) = caplog.records
+    assert "LlamaForCausalLM" in told.getMessage()
+    assert "past_key_values" in told.getMessage()
 
 
 def test_what_cannot_be_read_so():

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 from transformers import (
     GenerationConfig,
     MambaConfig,
@@ -18,9 +19,11 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicCache
 
 import sampler_parts
 from sampler_parts import RAGGED, LetterTokenizer, V, dense_logps, make, next_probs, tiny_llama
+from stableopd import hidden
 from stableopd.rollout import decoding
 from stableopd.rollout.sampler import TransformersSampler
 from stableopd.types import DataError, ModelError, SamplingSettings, StopReason, TrainingError
@@ -158,7 +161,20 @@ def test_an_unselectable_cache_keeps_its_rows(monkeypatch, model):
     assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in with_rows_dropped]
 
 
-def test_a_model_without_keys_and_values_is_sampled():
+def test_a_cache_that_should_be_selectable_and_is_not_is_told_once(monkeypatch, caplog, model):
+    class Odd(DynamicCache):
+        pass
+
+    hidden.tell_slow.cache_clear()
+    monkeypatch.setattr(transformers.generation.utils, "DynamicCache", Odd)
+    for seed in range(2):
+        make(model, (2, 9)).sample(RAGGED, 2, SamplingSettings(9, 1.5), seed=seed)
+    (told,) = caplog.records
+    assert "LlamaForCausalLM" in told.getMessage()
+    assert "Odd" in told.getMessage()
+
+
+def test_a_model_without_keys_and_values_is_sampled(caplog):
     torch.manual_seed(1)
     model = MambaForCausalLM(
         MambaConfig(vocab_size=V, hidden_size=16, state_size=4, num_hidden_layers=2)
@@ -167,6 +183,7 @@ def test_a_model_without_keys_and_values_is_sampled():
         model.backbone.embeddings.weight.mul_(12)
     prompts = (("a", (5, 3, 7)), ("b", (6, 1, 4)))
     rollouts = make(model, (2, 9, 4)).sample(prompts, 3, SamplingSettings(12, 8.0), seed=0)
+    assert not [told for told in caplog.records if told.name == "stableopd"]
     assert len({len(r.completion_ids) for r in rollouts}) > 1
     for rollout in rollouts:
         assert rollout.sampler_logps == pytest.approx(dense_logps(model, rollout, V), abs=1e-4)

@@ -7,9 +7,11 @@ its keys and values stand before each of its completions; gradient flows back th
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,12 +24,20 @@ from stableopd.types import Batch, Prefix
 __all__ = [
     "HOOKED",
     "base_of",
+    "cache_name",
     "hidden_states",
     "offer_hooked_hidden_states",
     "prefix_of",
     "reads_prompts_once",
+    "tell_slow",
     "token_hidden_states",
 ]
+
+log = logging.getLogger("stableopd")
+
+# What models call their keys and values: from transformers 5.24 on, and before. Wrappers of other
+# libraries may keep the former name.
+CACHE_NAMES = ("cache", "past_key_values")
 
 # Name of the method through which a sharded model gives its hidden states: weights are gathered by
 # hooks on the whole model, which a call of its backbone alone would pass by.
@@ -86,6 +96,30 @@ def _last_hidden_states(inner: Any, input_ids_BT: Tensor, attention_mask_BT: Ten
     ).last_hidden_state
 
 
+def cache_name(names: Iterable[str]) -> str:
+    """The name under which keys and values are passed.
+
+    Args:
+        names: Arguments of a call or of a function.
+
+    Returns:
+        The first of the names that models use, or "" where none is there.
+    """
+    return next((name for name in CACHE_NAMES if name in names), "")
+
+
+@functools.cache
+def tell_slow(kind: str, cost: str, reason: str) -> None:
+    """Say once that a fast path is off for a model that it is made for.
+
+    Args:
+        kind: Name of the model's class.
+        cost: What is slower.
+        reason: Why.
+    """
+    log.warning("%s: %s, because %s.", kind, cost, reason)
+
+
 def token_hidden_states(model: Any, batch: Batch) -> Tensor:
     """The hidden states that predict the completion tokens of a batch.
 
@@ -142,7 +176,7 @@ def reads_prompts_once(model: Any) -> bool:
 
     Models with sliding windows or recurrent states are left out, sharded ones too (their weights
     would be gathered twice), and those that drop what they computed to compute it again. Of all
-    others both ways are compared once, on a few tokens.
+    others both ways are compared once, on a few tokens; where they differ, a warning says so.
 
     Args:
         model: A transformers model, or a PEFT model around one, without dropout.
@@ -151,21 +185,36 @@ def reads_prompts_once(model: Any) -> bool:
         True where both ways give the same hidden states.
     """
     inner = base_of(model)
-    if hasattr(inner, HOOKED) or getattr(inner, "is_activation_checkpointing", False):
+    if hasattr(inner, HOOKED) or _checkpoints(inner):
         return False
     if inner not in _found:
-        _found[inner] = _has_plain_cache(inner) and _agrees(inner)
+        reason = _obstacle(inner) if _has_plain_cache(inner) else None
+        if reason:
+            cost = "a prompt is read again for each of its completions, which takes longer"
+            tell_slow(type(inner).__name__, cost, reason)
+        _found[inner] = reason == ""
     return _found[inner]
+
+
+def _checkpoints(inner: Any) -> bool:
+    """Whether layers drop what they computed; its name from transformers 5.23 on, and before."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return next((getattr(inner, name) for name in names if hasattr(type(inner), name)), False)
 
 
 def _has_plain_cache(inner: Any) -> bool:
     layers = DynamicCache(config=inner.config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _obstacle(inner: Any) -> str:
+    """Why a model with keys and values cannot read on behind them; "" where it can."""
     arguments = inspect.signature(inner.base_model.forward).parameters
-    return (
-        bool(layers)
-        and all(type(layer) is DynamicLayer for layer in layers)
-        and {"past_key_values", "position_ids"} <= arguments.keys()
-    )
+    if not cache_name(arguments):
+        return f"it takes no argument {' or '.join(CACHE_NAMES)}"
+    if "position_ids" not in arguments:
+        return "it takes no argument position_ids"
+    return "" if _agrees(inner) else "its hidden states are then others"
 
 
 @torch.no_grad()
@@ -191,10 +240,14 @@ def _agrees(inner: Any) -> bool:
 
 def _behind_prompts(inner: Any, prefix: Prefix) -> Tensor:
     """Hidden states that predict each completion's tokens, (B, C, D)."""
+    cache, prompt_B = DynamicCache(config=inner.config), prefix.prompt_B
+    passed = {cache_name(inspect.signature(inner.base_model.forward).parameters): cache}
     prompts = inner.base_model(
-        input_ids=prefix.prompt_ids_PT, attention_mask=prefix.prompt_mask_PT, use_cache=True
+        input_ids=prefix.prompt_ids_PT,
+        attention_mask=prefix.prompt_mask_PT,
+        use_cache=True,
+        **passed,
     )
-    cache, prompt_B = prompts.past_key_values, prefix.prompt_B
     cache.batch_select_indices(prompt_B)
     length_B = prefix.prompt_mask_PT.sum(1)[prompt_B]
     first_BD = prompts.last_hidden_state[prompt_B, length_B - 1]
@@ -204,7 +257,7 @@ def _behind_prompts(inner: Any, prefix: Prefix) -> Tensor:
         # Prompts are padded on the right: the gap before shorter ones is masked.
         attention_mask=torch.cat([prefix.prompt_mask_PT[prompt_B], prefix.mask_BC], dim=1),
         position_ids=length_B[:, None] + steps_C,
-        past_key_values=cache,
         use_cache=True,
+        **passed,
     )
     return torch.cat([first_BD[:, None], rest.last_hidden_state], dim=1)

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from stableopd.hidden import cache_name, tell_slow
 from stableopd.rollout.drawing import wide_dtype
 from stableopd.types import TrainingError
 
@@ -119,14 +120,17 @@ def _loop(
     drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in copies]
     device, stops = ids_BT.device, frozenset(stop_ids)
     copy_B = torch.tensor(copies, device=device)
-    can_select = _can_select(arguments.get("past_key_values"))
+    cache: Any = arguments.get(cache_name(arguments))
+    can_select = _can_select(cache)
     if not can_select:
         ids_BT, arguments = _select(ids_BT, arguments, copy_B)
     logits_BV, arguments = _forward(model, ids_BT, arguments, None)
     if can_select:
-        ids_BT, arguments = _select(ids_BT, arguments, copy_B)
+        ids_BT, arguments = _select(ids_BT, arguments, copy_B, cache)
         logits_BV = logits_BV[copy_B]
-        _make_room(arguments["past_key_values"])
+        _make_room(cache)
+    elif _can_select(DynamicCache(config=model.config)):
+        _tell_why(model, arguments)
     row_B, rows, ended = torch.arange(len(copies), device=device), list(range(len(copies))), set()
     look_every, wasted = LOOK_EVERY.get(device.type, LOOK_EVERY_ELSEWHERE), 0
     unread: list[tuple[Tensor, Tensor]] = []
@@ -145,7 +149,7 @@ def _loop(
                 return drawn
             if can_select and len(going) < len(rows) and wasted >= WASTE * len(going):
                 keep_B = torch.tensor(going, device=device)
-                ids_BT, arguments = _select(ids_BT, arguments, keep_B)
+                ids_BT, arguments = _select(ids_BT, arguments, keep_B, cache)
                 row_B = row_B[keep_B]
                 rows, wasted = [rows[place] for place in going], 0
         logits_BV, arguments = _forward(model, ids_BT, arguments, 1)
@@ -205,13 +209,22 @@ def _can_select(cache: Any) -> bool:
     )
 
 
+def _tell_why(model: Any, arguments: dict[str, Any]) -> None:
+    """Warn of a model with an ordinary cache, whose rows cannot be selected."""
+    for name, cache in arguments.items():
+        if isinstance(cache, Cache):
+            cost = "each rollout reads its own prompt and keeps its row, which takes longer"
+            reason = f"transformers' generate passes a {type(cache).__name__} as {name}"
+            tell_slow(type(model).__name__, cost, reason)
+
+
 def _select(
-    ids_BT: Tensor, arguments: dict[str, Any], place_B: Tensor
+    ids_BT: Tensor, arguments: dict[str, Any], place_B: Tensor, filled: DynamicCache | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Rows of ids and arguments, in the cache too; positions are (B, T) or (3, B, T)."""
-    cache, num_rows = arguments.get("past_key_values"), len(ids_BT)
-    if isinstance(cache, DynamicCache) and cache.get_seq_length():
-        cache.batch_select_indices(place_B)
+    """Rows of ids and arguments, and of a filled cache; positions are (B, T) or (3, B, T)."""
+    num_rows = len(ids_BT)
+    if filled is not None:
+        filled.batch_select_indices(place_B)
     return ids_BT[place_B], {
         key: value.index_select(-2, place_B)
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[-2] == num_rows
@@ -228,7 +241,8 @@ class _RoomyLayer(DynamicLayer):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.dtype, self.device = layer.keys.dtype, layer.keys.device
+        self.is_initialized = True
         self._hold(layer.keys, layer.values)
 
     def update(
