@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fault_server import serving
+from fault_server import said, serving
 from served_parts import vllm_like
 from tiny import (
     EOS,
@@ -109,6 +109,88 @@ def test_rollouts_that_cannot_be_scored(world, tmp_path, row, words):
     )
     assert code == 2
     assert words in err
+
+
+CALLS = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "get"}}]}
+TEMPLATE = (
+    "{% for m in messages %}#{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{% endfor %}{% endfor %}="
+)
+
+
+def test_score_of_messages(world, tmp_path):
+    """Parts of text are joined, and null next to calls of tools is nothing: never `None`."""
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    user = {"role": "user", "content": [{"type": "text", "text": "1+"}, {"text": "2"}]}
+    tool = {"role": "tool", "content": "5"}
+    rows = [{"prompt": p, "completion": "3"} for p in ([user], [user, CALLS, tool])]
+    file, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    options = ("--model", world / "teacher", "--chat-template", template)
+    code, _, err = run_cli("score", "--rollouts", file, "--output", output, *options)
+    assert code == 0, err
+    tokenizer = make_tokenizer()
+    expected = ["#1+2=", "#1+2#get#5="]
+    ids = [tokenizer(text)["input_ids"] for text in expected]
+    assert [row["prompt_ids"] for row in lines(output)] == ids
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "line 1: column 'prompt[1].content' must be text, not null"),
+        ([{"type": "image_url"}], "line 1: prompt[1].content has a part of the kind 'image_url'"),
+        ({"a": 1}, "line 1: column 'prompt[1].content' must be text, not dict"),
+    ],
+)
+def test_messages_that_cannot_be_scored(world, tmp_path, content, words):
+    row = {"prompt": [{"role": "user", "content": content}], "completion": "3"}
+    file = write_rows(tmp_path / "bad.jsonl", [row])
+    options = ("--model", world / "teacher", "--output", tmp_path / "out.jsonl")
+    code, _, err = run_cli("score", "--rollouts", file, *options)
+    assert code == 2
+    assert words in " ".join(err.split())
+
+
+def speaks(**message):
+    """A server whose answers all end with a stop and hold this message."""
+
+    def script(path, body):
+        if path == "/v1/models":
+            return said({"data": [{"id": "t", "root": "t", "max_model_len": 128}]})
+        choice = {"message": {"role": "assistant", **message}, "finish_reason": "stop"}
+        return said({"choices": [choice] * body["n"]})
+
+    return script
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_golden_never_loses_a_thought_that_the_server_parts_off(world, tmp_path, name):
+    with serving(speaks(content="3", **{name: "1 and 2"})) as server:
+        code, _, err = golden(world, tmp_path / "a.jsonl", "--url", server.url)
+        assert code == 2
+        assert "--reasoning-parser" in err
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages %}#{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
+            "</think>{% endif %}{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}#{% endif %}"
+        )
+        tokenizer.save_pretrained(tmp_path / "t")
+        options = ("--url", server.url, "--tokenizer", tmp_path / "t", "--max-problems", 2)
+        code, _, err = golden(world, tmp_path / "b.jsonl", *options, "--stop-ids", 3)
+    assert code == 0, err
+    solutions = [row["solution"] for row in lines(tmp_path / "b.jsonl")]
+    assert solutions == ["<think>1 and 2</think>3"] * 2
+
+
+def test_golden_tells_answers_without_text_from_those_without_a_stop(world, tmp_path):
+    with serving(speaks(content=None)) as server:
+        output = tmp_path / "g.jsonl"
+        code, out, err = golden(world, output, "--url", server.url, "--max-problems", 2)
+    assert code == 0, err
+    assert [row["num_empty"] for row in lines(tmp_path / "g.jsonl.attempts.jsonl")] == [1, 1]
+    assert "2 ended without any text" in " ".join(out.split())
 
 
 def golden(world, output, *arguments):

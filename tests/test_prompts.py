@@ -1,3 +1,4 @@
+import contextlib
 import json
 import string
 from collections import Counter
@@ -6,12 +7,22 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from stableopd.config import DataConfig
-from stableopd.data.prompts import encode_prompts, load_prompts, prompts_of_step, render
+from stableopd.data.prompts import (
+    _prompt,
+    encode_prompts,
+    load_prompts,
+    prompts_of_step,
+    render,
+    too_long,
+)
+from stableopd.data.rows import Row
 from stableopd.types import DataError, Message, Prompt
 
 CHAT = (
@@ -125,7 +136,37 @@ def test_max_rows_reads_no_further(tmp_path):
         ('{"prompt": "\\ud800"}', {}, "column 'prompt' holds half of a surrogate pair"),
         ('{"prompt": []}', {}, "column 'prompt' is an empty list"),
         ('{"prompt": ["a"]}', {}, "message 1 of column 'prompt' must be .*not str"),
-        ('{"prompt": [{"role": "tool", "content": "a"}]}', {}, "message 1 .* role 'tool'"),
+        ('{"prompt": [{"role": "cat", "content": "a"}]}', {}, "message 1 .* role 'cat'"),
+        ('{"prompt": [{"role": "function", "content": "a"}]}', {}, 'write "tool"'),
+        ('{"prompt": [{"from": "human", "value": "a"}]}', {}, 'write "role"'),
+        ('{"prompt": [{"role": "system", "content": "a"}]}', {}, "ends with .* the system"),
+        (
+            '{"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}',
+            {},
+            "part of the kind 'image_url'",
+        ),
+        (
+            '{"prompt": [{"role": "assistant", "content": null, "tool_calls": [{"id": "c"}]}]}',
+            {},
+            "tool_calls must be a list of calls",
+        ),
+        (
+            '{"prompt": [{"role": "assistant", "content": "a", "function_call": {"name": "f"}}]}',
+            {},
+            "function_call; write it as tool_calls",
+        ),
+        ('{"prompt": "a", "tools": "hammer"}', {}, "'tools' must be a list of descriptions"),
+        (
+            '{"prompt": "a", "solution": [{"role": "user", "content": "b"}]}',
+            {},
+            "one message of the assistant",
+        ),
+        (
+            '{"prompt": "a", "solution": [{"role": "assistant", "content": "b", "thinking": "c"}]}',
+            {},
+            "holds thinking; write the solution as one text",
+        ),
+        ('{"prompt": "a", "answer": [1, 2]}', {}, "'answer' is a list of 2 answers"),
         ('{"prompt": [{"content": "a"}]}', {}, "message 1 .* role None"),
         ('{"prompt": [{"role": ["user"], "content": "a"}]}', {}, "message 1 .* role "),
         ('{"prompt": [{"role": "user"}]}', {}, r"'prompt\[1\].content' must be text, not null"),
@@ -135,8 +176,8 @@ def test_max_rows_reads_no_further(tmp_path):
             {},
             "ends with a message of the assistant",
         ),
-        ('{"prompt": "a", "solution": 5}', {}, "column 'solution' must be text, not int"),
-        ('{"prompt": "a", "answer": [1]}', {}, "'answer' must be text or a number, not list"),
+        ('{"prompt": "a", "solution": 5}', {}, "column 'solution' must be text or .*, not int"),
+        ('{"prompt": "a", "answer": [[1]]}', {}, "'answer' must be text or a number, not list"),
         ('{"prompt": "a", "answer": true}', {}, "'answer' must be text or a number, not bool"),
         ('{"prompt": "a", "answer": NaN}', {}, "column 'answer' is nan"),
         ('{"prompt": "a", "id": 1.5}', {}, "column 'id' must be text or a whole number, not 1.5"),
@@ -303,14 +344,157 @@ def test_lengths_are_checked_at_the_exact_bounds(make_tokenizer):
         return encode_prompts(prompts, tokenizer, "auto", max_prompt, context, new)
 
     assert len(check(4, 10, 6)) == 2
-    with pytest.raises(DataError, match=r"prompt long: 4 tokens, .* 3 .*rollout.max_prompt_tokens"):
+    with pytest.raises(DataError, match=r"1 of 2 .*long \(4 tokens\); at most 3 .*tokens to 4"):
         check(3, 10, 6)
-    with pytest.raises(DataError, match=r"prompt long: 4 .* 7 .* 10; lower max_new_tokens"):
+    with pytest.raises(DataError, match=r"long \(4 tokens\); .* 7 .* 10: lower max_new_tokens"):
         check(4, 10, 7)
     assert len(check(4, None, 10**9)) == 2
     assert encode_prompts([], tokenizer, "auto", 4, 10, 6) == []
     with pytest.raises(DataError, match="prompt none: the tokenizer makes no token"):
         encode_prompts([Prompt("none", "")], make_tokenizer(), "auto", 4, 10, 6)
+
+
+def test_all_prompts_that_are_too_long_are_counted(make_tokenizer):
+    prompts = [Prompt(f"p{i}", "1" * i) for i in range(1, 12)]
+    with pytest.raises(DataError) as caught:
+        encode_prompts(prompts, make_tokenizer(), "auto", 3, None, 6)
+    assert "8 of 11 prompts" in str(caught.value)
+    assert "p4 (4 tokens), p5" in str(caught.value)
+    assert "p9" not in str(caught.value)
+    assert too_long([(1,) * i for i in range(1, 12)], 9, 12, 4) == [8, 9, 10]
+
+
+@pytest.mark.parametrize("field", ["solution", "answer"])
+def test_a_column_that_is_named_must_exist(tmp_path, field):
+    path = write_lines(tmp_path / "d.jsonl", {"prompt": "a"}, {"prompt": "b", "own": None})
+    with pytest.raises(DataError, match=rf"no row has the column 'ans' that data\.{field}"):
+        load(path, **{field: "ans"})
+    assert len(load(path, **{field: "own"})) == 2  # one row has it, empty as it is
+    assert len(load(path)) == 2  # the default names may be missing
+
+
+CALL = {"type": "function", "function": {"name": "get", "arguments": '{"k": 1}'}}
+TOOL = {"type": "function", "function": {"name": "get", "parameters": {}}}
+ASKS = {"role": "user", "content": "Look up x"}
+# Writes tools, calls, thoughts and names; CHAT writes roles and contents only.
+FULL = (
+    "{% for t in tools or [] %}<tool>{{ t.function.name }}</tool>{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}{% if m.tool_call_id %} {{ m.tool_call_id }}{% endif %}>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_calls_tools_and_thoughts_reach_the_template(tmp_path, make_tokenizer):
+    row = {
+        "prompt": [
+            ASKS,
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", **CALL}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "5", "name": None},
+            {"role": "assistant", "content": "4", "reasoning_content": "two and two"},
+            {"role": "user", "content": [{"type": "text", "text": "And "}, {"text": "now?"}]},
+        ],
+        "tools": [TOOL],
+    }
+    path = write_lines(tmp_path / "d.jsonl", row)
+    (prompt,) = load(path)
+    assert render(prompt, make_tokenizer(chat_template=FULL), "auto") == (
+        '<tool>get</tool><user>Look up x</s><assistant><call>get {"k": 1}</call></s><tool c1>5</s>'
+        "<assistant><think>two and two</think>4</s><user>And now?</s><assistant>"
+    )
+    # The same, written as JSON text.
+    told = write_lines(tmp_path / "t.jsonl", {k: json.dumps(v) for k, v in row.items()})
+    (again,) = load(told)
+    assert (again.prompt, again.tools) == (prompt.prompt, prompt.tools)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "lost"),
+    [
+        ([{"role": "assistant", "content": "a", "tool_calls": [CALL]}, ASKS], None, "tool_calls"),
+        ([{"role": "assistant", "content": "a", "reasoning": "b"}, ASKS], None, "reasoning"),
+        ([ASKS], [TOOL], "the tools"),
+        ([{"role": "developer", "content": "S"}, ASKS], None, '"system" instead'),
+    ],
+)
+def test_what_the_template_drops_is_refused_by_line(
+    tmp_path, make_tokenizer, messages, tools, lost
+):
+    (prompt,) = load(write_lines(tmp_path / "d.jsonl", {"prompt": messages, "tools": tools}))
+    with pytest.raises(DataError, match=r"prompt d\.jsonl:1: .*does not write") as caught:
+        render(prompt, make_tokenizer(chat_template=CHAT), "auto")
+    assert lost in str(caught.value)
+    drops = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    (prompt,) = load(
+        write_lines(tmp_path / "e.jsonl", {"prompt": [{"role": "system", "content": "S"}, ASKS]})
+    )
+    with pytest.raises(DataError, match=r"message 1 \(system\): 'S'"):
+        render(prompt, make_tokenizer(chat_template=drops), "auto")
+
+
+def test_texts_that_a_template_trims_or_quotes_are_there(make_tokenizer):
+    prompt = Prompt("p", (Message("user", "a\n"), Message("tool", 'say "hi"\n\tthere ')))
+    quotes = "{% for m in messages %}{{ m.content | trim | tojson }}{% endfor %}"
+    assert "say" in render(prompt, make_tokenizer(chat_template=quotes), "auto")
+    said = Message("assistant", "<think>so</think>\n\n4")
+    prompt = Prompt("p", (Message("user", "a"), said, Message("user", "b")))
+    cuts = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    assert render(prompt, make_tokenizer(chat_template=cuts), "auto") == "a\n\n4b"
+
+
+def test_prompt_and_solution_in_one_column(tmp_path):
+    said = {"role": "assistant", "content": "It is 5."}
+    path = write_lines(tmp_path / "d.jsonl", {"messages": [ASKS, said]}, {"messages": [ASKS]})
+    found = load(path, prompt="messages", solution="messages")
+    assert [p.solution for p in found] == ["It is 5.", None]
+    assert found[0].prompt == found[1].prompt == (Message("user", "Look up x"),)
+    with pytest.raises(DataError, match=r'data\.solution = "messages"'):
+        load(path, prompt="messages")
+    with pytest.raises(DataError, match="named as prompt and as solution"):
+        load(write_lines(tmp_path / "e.jsonl", GOOD), prompt="prompt", solution="prompt")
+
+
+def test_solutions_as_messages_and_answers_in_a_list(tmp_path):
+    said = [{"role": "assistant", "content": "It is 5."}]
+    path = write_lines(tmp_path / "d.jsonl", {"prompt": "a", "solution": said, "answer": ["5"]})
+    (prompt,) = load(path)
+    assert (prompt.solution, prompt.answer) == ("It is 5.", "5")
+
+
+def test_messages_of_text_alone_keep_their_fingerprint():
+    assert repr(Message("user", "a")) == "Message(role='user', content='a')"
+    assert "get" in repr(Message("user", "a", '{"name": "get"}'))
+
+
+HUGE = st.builds(lambda: 10**5000)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5) | HUGE,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "type", "text", "tool_calls", "function", "name", "arguments"]
+            ),
+            inner | st.sampled_from(["user", "assistant", "tool", "text"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(prompt=JSON, solution=JSON, answer=JSON, id=JSON, tools=JSON)
+def test_no_row_ends_in_a_traceback(prompt, solution, answer, id, tools):
+    values = {"prompt": prompt, "solution": solution, "answer": answer, "id": id, "tools": tools}
+    row = Row("d.jsonl, line 1", "d.jsonl:1", values)
+    for data in (DataConfig(), DataConfig(solution="prompt")):
+        with contextlib.suppress(DataError):
+            found = _prompt(row, data, False, False)
+            repr(found)
+            [m.as_dict() for m in found.prompt if isinstance(m, Message)]
 
 
 def test_a_text_beyond_the_tokenizers_own_limit_is_neither_cut_nor_warned_of(make_tokenizer, capfd):

@@ -78,6 +78,7 @@ class DataConfig:
     # Variables for the template, such as {enable_thinking = false}.
     chat_template_kwargs: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
     grader: str = "auto"  # exact with an answer_marker, else math; the embedded data: exact
+    skip_long: bool = False  # leave prompts out that are too long, instead of refusing the data
     answer_marker: str = ""  # exact: the text after the last marker is compared; "" compares all
 
 

@@ -22,9 +22,10 @@ The error tree; the command line prints each as one line and exits with code 2:
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,12 +97,30 @@ class StopReason(StrEnum):
     LENGTH = "length"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Message:
-    """One turn of a chat: `role` is "system", "user" or "assistant"."""
+    """One turn of a chat.
+
+    Attributes:
+        role: "system", "developer", "user", "assistant" or "tool".
+        content: Its text; "" where it only calls tools.
+        more: What else it holds (`tool_calls`, `tool_call_id`, `name`, `reasoning_content`), as
+            the text of a JSON object; "" where there is nothing.
+    """
 
     role: str
     content: str
+    more: str = ""
+
+    def __repr__(self) -> str:
+        """The same as ever for a message that is but a text: fingerprints are made of it."""
+        more = f", more={self.more!r}" if self.more else ""
+        return f"Message(role={self.role!r}, content={self.content!r}{more})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as chat templates and servers take it."""
+        more: dict[str, Any] = json.loads(self.more) if self.more else {}
+        return {"role": self.role, "content": self.content, **more}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +133,7 @@ class Prompt:
         solution: The golden completion, without a stop token; None where the data has none.
         answer: What is graded; None where the data has none.
         teacher: Name of the teacher that scores it; None for the default.
+        tools: Descriptions of tools for the chat template, as a JSON list; "" without any.
     """
 
     id: str
@@ -121,6 +141,7 @@ class Prompt:
     solution: str | None = None
     answer: str | None = None
     teacher: str | None = None
+    tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "THOUGHTS",
     "after_thought",
     "begin_thoughts",
     "date_in",

@@ -11,7 +11,7 @@ from stableopd.types import DataError, Prompt, Sequence
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_golden", "golden_sequences", "num_too_long"]
+__all__ = ["encode_after", "encode_golden", "golden_sequences", "num_too_long"]
 
 
 def encode_golden(
@@ -19,18 +19,22 @@ def encode_golden(
     tokenizer: PreTrainedTokenizerBase,
     stop_id: int,
     stop_ids: Collection[int] = (),
+    text: str = "",
 ) -> tuple[int, ...]:
     """Token ids of a solution as the completion that follows its prompt.
 
-    The text is encoded by itself, as a rollout comes after the prompt's tokens and not out of a
-    joint encoding with them; no special token is added but the stop at its end. A solution whose
-    text already ends in a stop token keeps that one.
+    Prompt and solution are encoded in one, where the prompt's tokens stay what they are by
+    themselves: a tokenizer of sentencepiece's kind puts a space before a text that stands by
+    itself, which no rollout begins with. Elsewhere a line end stands in for the prompt. No special
+    token is added but the stop at its end. A solution whose text already ends in a stop token
+    keeps that one.
 
     Args:
         prompt: A problem with a solution.
         tokenizer: The student's tokenizer.
         stop_id: Token id that is added as the stop.
         stop_ids: All ids that end a completion, where there are more.
+        text: The prompt as the student reads it; "" where it is not known.
 
     Returns:
         The token ids; the last one, and only that one, is a stop.
@@ -40,8 +44,7 @@ def encode_golden(
     """
     if prompt.solution is None:
         raise DataError(f"prompt {prompt.id}: no solution; name its column in data.solution.")
-    encoded = tokenizer(prompt.solution, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = tuple(encoded)
+    ids = encode_after(text, prompt.solution, tokenizer)
     stops = {stop_id, *stop_ids}
     if ids and ids[-1] in stops:
         ids, stop_id = ids[:-1], ids[-1]
@@ -53,6 +56,29 @@ def encode_golden(
     return (*ids, stop_id)
 
 
+def encode_after(text: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a completion that follows a text, whose own ids stay what they are.
+
+    Args:
+        text: The prompt as the model reads it; "" where it is not known.
+        completion: What follows it.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The ids, without special tokens around them.
+    """
+
+    def encode(part: str) -> tuple[int, ...]:
+        return tuple(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+
+    for before in (text, "\n"):
+        ids = encode(before) if before else ()
+        both = encode(before + completion) if ids else ()
+        if ids and both[: len(ids)] == ids and len(both) > len(ids):
+            return both[len(ids) :]
+    return encode(completion)
+
+
 def golden_sequences(
     prompts: Items[Prompt],
     prompt_ids: Items[tuple[int, ...]],
@@ -60,6 +86,7 @@ def golden_sequences(
     stop_id: int,
     max_tokens: int,
     stop_ids: Collection[int] = (),
+    texts: Items[str] = (),
 ) -> list[Sequence | None]:
     """The golden sequence of every prompt, where there is one that fits.
 
@@ -72,6 +99,7 @@ def golden_sequences(
         stop_id: Token id that is added as the stop.
         max_tokens: The longest completion, with its stop, in tokens.
         stop_ids: All ids that end a completion, where there are more.
+        texts: The prompts as the student reads them; () where they are not known.
 
     Returns:
         For each prompt its sequence (`index` is the prompt's place), or None where it has no
@@ -86,7 +114,8 @@ def golden_sequences(
         if prompt.solution is None:
             sequences.append(None)
             continue
-        completion = encode_golden(prompt, tokenizer, stop_id, stop_ids)
+        text = texts[index] if texts else ""
+        completion = encode_golden(prompt, tokenizer, stop_id, stop_ids, text)
         shortest = min(len(completion), shortest or len(completion))
         fits = len(completion) <= max_tokens
         sequences.append(Sequence(ids, completion, True, index) if fits else None)

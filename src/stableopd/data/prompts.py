@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from stableopd.data.messages import (
+    conversation,
+    is_blank,
+    kind_of,
+    parts_of_chat,
+    require_written,
+    solution_text,
+    text_of,
+    tools_of,
+)
 from stableopd.data.rows import Row, read_rows
 from stableopd.data.templates import is_templated, run_template
 from stableopd.types import DataError, Message, Prompt
@@ -20,12 +31,12 @@ if TYPE_CHECKING:
 
     from stableopd.config import DataConfig
 
-__all__ = ["encode_prompts", "load_prompts", "prompts_of_step", "render"]
+__all__ = ["encode_prompts", "load_prompts", "prompts_of_step", "refuse_long", "render", "too_long"]
+
+MAX_NAMED = 5  # in a message about many prompts
 
 # How many problems the embedded world makes for each split.
 EMBEDDED_SIZES = {"train": 20_000, "test": 512}
-
-ROLES = ("system", "user", "assistant")
 
 
 def load_prompts(
@@ -65,7 +76,12 @@ def load_prompts(
     path = Path(source)
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
+    missing = _named_columns(data, bool(teachers))
+    columns: dict[str, None] = {}
     for row in itertools.islice(read_rows(path, split), max_rows or None):
+        if missing:
+            columns |= dict.fromkeys(row.values)
+            missing = {f: name for f, name in missing.items() if not _has(row.values, name)}
         prompt = _prompt(row, data, needs_solution, needs_answer)
         if teachers and (name := _teacher(row, data.teacher, teachers)):
             prompt = dataclasses.replace(prompt, teacher=name)
@@ -78,7 +94,21 @@ def load_prompts(
         prompts.append(prompt)
     if not prompts:
         raise DataError(f"{path}: there is no row in it; give data with at least one prompt.")
+    for field, name in missing.items():
+        raise DataError(
+            f"{path}: no row has the column {name!r} that data.{field} names (the columns are "
+            f'{", ".join(map(repr, columns))}); correct the name, or set data.{field} = "".'
+        )
     return prompts
+
+
+def _named_columns(data: DataConfig, has_teachers: bool) -> dict[str, str]:
+    """Columns that may be empty, by field, where the user has named them: they must exist."""
+    fields = {f.name: f.default for f in dataclasses.fields(data)}
+    names = {name: getattr(data, name) for name in ("solution", "answer")}
+    if has_teachers:
+        names["teacher"] = data.teacher
+    return {field: name for field, name in names.items() if name and name != fields[field]}
 
 
 def _prompt(row: Row, data: DataConfig, needs_solution: bool, needs_answer: bool) -> Prompt:
@@ -87,7 +117,10 @@ def _prompt(row: Row, data: DataConfig, needs_solution: bool, needs_answer: bool
         raise DataError(
             f"{_missing(row, data.prompt)}; name the column that holds the prompt in data.prompt."
         )
-    solution = _solution(row, data.solution)
+    if data.prompt == data.solution:
+        chat, solution = parts_of_chat(row, data.prompt, value)
+    else:
+        chat, solution = conversation(row, data.prompt, value), _solution(row, data.solution)
     if needs_solution and solution is None:
         raise DataError(
             f"{_missing(row, data.solution)}; the golden term (objective.lambda_gold above 0) "
@@ -98,7 +131,7 @@ def _prompt(row: Row, data: DataConfig, needs_solution: bool, needs_answer: bool
         raise DataError(
             f"{_missing(row, data.answer)}; grading needs it: name the column in data.answer."
         )
-    return Prompt(_id(row), _conversation(row, data.prompt, value), solution, answer)
+    return Prompt(_id(row), chat, solution, answer, tools=tools_of(row))
 
 
 def _reach(values: dict[str, Any], name: str) -> Any:
@@ -108,6 +141,15 @@ def _reach(values: dict[str, Any], name: str) -> Any:
     head, dot, rest = name.partition(".")
     inner = values.get(head)
     return _reach(inner, rest) if dot and isinstance(inner, dict) else None
+
+
+def _has(values: dict[str, Any], name: str) -> bool:
+    """Whether there is a column of that name, empty or not."""
+    if name in values:
+        return True
+    head, dot, rest = name.partition(".")
+    inner = values.get(head)
+    return bool(dot) and (inner is None or (isinstance(inner, dict) and _has(inner, rest)))
 
 
 def _missing(row: Row, name: str) -> str:
@@ -122,31 +164,57 @@ def _id(row: Row) -> str:
     if value is None:
         return row.fallback_id
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"{row.place}: column 'id' must be text or a whole number, not {value!r}.")
-    return _text(row, "id", str(value))
+        raise DataError(
+            f"{row.place}: column 'id' must be text or a whole number, not {_shown(value)}."
+        )
+    try:
+        told = str(value)
+    except ValueError:
+        raise DataError(
+            f"{row.place}: column 'id' is a number of too many digits; write it as text."
+        ) from None
+    return text_of(row, "id", told)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, float | bool) else kind_of(value)
 
 
 def _solution(row: Row, name: str) -> str | None:
     value = _reach(row.values, name) if name else None
-    return None if _is_blank(value) else _text(row, name, value)
+    return None if is_blank(value) else solution_text(row, name, value)
 
 
 def _answer(row: Row, name: str) -> str | None:
     value = _reach(row.values, name) if name else None
-    if _is_blank(value):
+    if isinstance(value, list):
+        items = cast(list[Any], value)
+        if len(items) != 1:
+            raise DataError(
+                f"{row.place}: column {name!r} is a list of {len(items)} answers; write the right "
+                "one as text or a number."
+            )
+        value = items[0]
+    if is_blank(value):
         return None
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise DataError(f"{row.place}: column {name!r} is {value}, which is not an answer.")
-        return str(value)
-    return _text(row, name, value, kind="text or a number")
+        try:
+            told = str(value)
+        except ValueError:
+            raise DataError(
+                f"{row.place}: column {name!r} is a number of too many digits; write it as text."
+            ) from None
+        return told
+    return text_of(row, name, value, kind="text or a number")
 
 
 def _teacher(row: Row, name: str, teachers: Collection[str]) -> str | None:
     value = _reach(row.values, name) if name else None
-    if _is_blank(value):
+    if is_blank(value):
         return None
-    teacher = _text(row, name, value)
+    teacher = text_of(row, name, value)
     if teacher not in teachers:
         raise DataError(
             f"{row.place}: column {name!r} names the teacher {teacher!r}, which teacher.by_name "
@@ -154,57 +222,6 @@ def _teacher(row: Row, name: str, teachers: Collection[str]) -> str | None:
             "there, or leave the column empty for the default teacher."
         )
     return teacher
-
-
-def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _text(row: Row, name: str, value: Any, kind: str = "text") -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{row.place}: column {name!r} must be {kind}, not {_kind_of(value)}.")
-    if _is_blank(value):
-        raise DataError(f"{row.place}: column {name!r} is empty.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{row.place}: column {name!r} holds half of a surrogate pair (such as \\ud800), which "
-            "is no character."
-        ) from None
-    return value
-
-
-def _kind_of(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _conversation(row: Row, name: str, value: Any) -> str | tuple[Message, ...]:
-    if not isinstance(value, list):
-        return _text(row, name, value, kind="text or a list of messages")
-    messages: list[Message] = []
-    for number, item in enumerate(value, start=1):
-        where = f"{name}[{number}]"
-        if not isinstance(item, dict):
-            raise DataError(
-                f'{row.place}: message {number} of column {name!r} must be {{"role": ..., '
-                f'"content": ...}}, not {_kind_of(item)}.'
-            )
-        role = item.get("role")
-        if role not in ROLES:
-            raise DataError(
-                f"{row.place}: message {number} of column {name!r} has the role {role!r}; choose "
-                f"from {', '.join(ROLES)}."
-            )
-        messages.append(Message(role, _text(row, f"{where}.content", item.get("content"))))
-    if not messages:
-        raise DataError(f"{row.place}: column {name!r} is an empty list of messages.")
-    if messages[-1].role != "user":
-        raise DataError(
-            f"{row.place}: column {name!r} ends with a message of the {messages[-1].role}; end it "
-            "with the user's, which the student answers."
-        )
-    return tuple(messages)
 
 
 def render(
@@ -227,10 +244,11 @@ def render(
         The text, up to where the assistant's answer begins.
 
     Raises:
-        DataError: Messages without a template, or messages that the template refuses.
+        DataError: Messages without a template, or messages that the template refuses or drops a
+            part of.
     """
     if not is_templated(tokenizer, chat_template):
-        if isinstance(prompt.prompt, str):
+        if isinstance(prompt.prompt, str) and not prompt.tools:
             return prompt.prompt
         reason = (
             "data.chat_template is 'none'; set it to 'auto'"
@@ -238,16 +256,17 @@ def render(
             else "the tokenizer has no chat template; give prompts as plain text or a tokenizer "
             "with a template"
         )
-        raise DataError(f"prompt {prompt.id}: a list of messages, but {reason}.")
+        what = "a list of messages" if not isinstance(prompt.prompt, str) else "tools"
+        raise DataError(f"prompt {prompt.id}: {what}, but {reason}.")
     messages = (
         (Message("user", prompt.prompt),) if isinstance(prompt.prompt, str) else prompt.prompt
     )
-    return run_template(
-        tokenizer,
-        [{"role": m.role, "content": m.content} for m in messages],
-        template_kwargs or {},
-        f"prompt {prompt.id}",
-    )
+    where = f"prompt {prompt.id}"
+    tools = {"tools": json.loads(prompt.tools)} if prompt.tools else {}
+    told = [message.as_dict() for message in messages]
+    text = run_template(tokenizer, told, {**(template_kwargs or {}), **tools}, where)
+    require_written(messages, prompt.tools, text, str(tokenizer.chat_template), where)
+    return text
 
 
 def encode_prompts(
@@ -291,8 +310,77 @@ def encode_prompts(
             _without_suffix(tuple(ids), inner) for ids, inner in zip(whole, encoded, strict=True)
         ]
     for prompt, ids in zip(prompts, encoded, strict=True):
-        _check_length(prompt, len(ids), max_prompt_tokens, context, max_new_tokens)
+        if not ids:
+            raise DataError(
+                f"prompt {prompt.id}: the tokenizer makes no token of it; leave it out."
+            )
+    refuse_long(prompts, encoded, max_prompt_tokens, context, max_new_tokens)
     return encoded
+
+
+def too_long(
+    prompt_ids: Sequence[tuple[int, ...]],
+    max_prompt_tokens: int,
+    context: int | None,
+    max_new_tokens: int,
+) -> list[int]:
+    """Places of the prompts that are too long, or leave too little room for a completion.
+
+    Args:
+        prompt_ids: Token ids of the prompts.
+        max_prompt_tokens: The longest prompt that is allowed, in tokens.
+        context: The longest sequence that the model takes, in tokens; None where it has no limit.
+        max_new_tokens: The longest completion that is to follow, in tokens.
+
+    Returns:
+        Places in `prompt_ids`, in order.
+    """
+    limit = max_prompt_tokens
+    if context is not None:
+        limit = min(limit, context - max_new_tokens)
+    return [place for place, ids in enumerate(prompt_ids) if len(ids) > limit]
+
+
+def refuse_long(
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[tuple[int, ...]],
+    max_prompt_tokens: int,
+    context: int | None,
+    max_new_tokens: int,
+    where: str = "",
+) -> None:
+    """Refuse prompts that are `too_long`: how many there are, and the first few.
+
+    Args:
+        prompts: The prompts.
+        prompt_ids: Their token ids.
+        max_prompt_tokens: See `too_long`.
+        context: See `too_long`.
+        max_new_tokens: See `too_long`.
+        where: What stands before the message.
+
+    Raises:
+        DataError: There is one.
+    """
+    long = too_long(prompt_ids, max_prompt_tokens, context, max_new_tokens)
+    if not long:
+        return
+    named = ", ".join(f"{prompts[i].id} ({len(prompt_ids[i])} tokens)" for i in long[:MAX_NAMED])
+    more = ", ..." if len(long) > MAX_NAMED else ""
+    longest = max(len(prompt_ids[i]) for i in long)
+    if longest > max_prompt_tokens:
+        why = f"at most {max_prompt_tokens} tokens are allowed"
+        fix = f"raise rollout.max_prompt_tokens to {longest}"
+    else:
+        why = (
+            f"with a completion of up to {max_new_tokens} tokens they do not fit into the model's "
+            f"context of {context}"
+        )
+        fix = "lower max_new_tokens"
+    raise DataError(
+        f"{where}{len(long)} of {len(prompts)} prompts are too long: {named}{more}; {why}: {fix}, "
+        "or leave them out (train does with data.skip_long = true)."
+    )
 
 
 def prompts_of_step(step: int, num_prompts: int, per_step: int, seed: int) -> list[int]:
@@ -331,21 +419,3 @@ def _without_suffix(whole: tuple[int, ...], inner: tuple[int, ...]) -> tuple[int
         if whole[end - len(inner) : end] == inner:
             return whole[:end]
     return whole
-
-
-def _check_length(
-    prompt: Prompt, length: int, max_prompt_tokens: int, context: int | None, max_new_tokens: int
-) -> None:
-    if length == 0:
-        raise DataError(f"prompt {prompt.id}: the tokenizer makes no token of it; leave it out.")
-    if length > max_prompt_tokens:
-        raise DataError(
-            f"prompt {prompt.id}: {length} tokens, but at most {max_prompt_tokens} are allowed; "
-            "raise rollout.max_prompt_tokens or leave the prompt out."
-        )
-    if context is not None and length + max_new_tokens > context:
-        raise DataError(
-            f"prompt {prompt.id}: {length} tokens and a completion of up to {max_new_tokens} do "
-            f"not fit into the model's context of {context}; lower max_new_tokens or leave the "
-            "prompt out."
-        )

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any
 
+from stableopd.data.prompts import render
 from stableopd.doctor import behaviour, lessons, loops, memory, tokens
 from stableopd.doctor.patient import Check, Patient
 from stableopd.doctor.scoring import TokenScores, choose_prompts, score_sequences
@@ -100,9 +101,11 @@ def examine(patient: Patient) -> tuple[list[Finding], dict[str, Any]]:
     plan = _stop_plan(patient, teacher, num_tokens, checks)
     checks.append(("prompts", lessons.prompt_lengths(patient)))
     lengths = [len(ids) for ids in patient.prompt_ids]
-    contexts = [None if m is None else m.context for m in (patient.student, patient.teacher)]
+    context_s = patient.student.context
+    context_t = None if patient.teacher is None else patient.teacher.context
     budget, has_budget = patient.config.rollout.max_new_tokens, patient.settings.has_budget
-    check, context = lessons.contexts(lengths, budget, has_budget, *contexts)
+    skips = patient.config.data.skip_long
+    check, context = lessons.contexts(lengths, budget, has_budget, context_s, context_t, skips)
     checks.append(("context", check))
     if plan is not None:
         places, room = choose_prompts(patient, context)
@@ -236,7 +239,11 @@ def _golden(case: _Case) -> tuple[list[Sequence], list[tuple[str, Check]]]:
     if not patient.has_data:
         return [], []
     tokenizer = patient.student.tokenizer
-    encoded, refused = lessons.encode_solutions(patient.prompts, tokenizer, case.plan)
+    data = config.data
+    texts = [
+        render(p, tokenizer, data.chat_template, data.chat_template_kwargs) for p in patient.prompts
+    ]
+    encoded, refused = lessons.encode_solutions(patient.prompts, tokenizer, case.plan, texts)
     given = patient.settings.is_given
     checks = [lessons.solutions(patient.prompts, encoded, refused, config, given)]
     checks += lessons.grading(patient)

@@ -63,12 +63,15 @@ def prompt_lengths(patient: Patient) -> Check:
         return Check((found,), numbers)
     if len(lengths) == MAX_ROWS:
         message = f"the first {message}"
-    if numbers["num_too_long"]:
+    if numbers["num_too_long"] and patient.config.data.skip_long:
+        told = f"{message}; {numbers['num_too_long']} exceed {limit} and are left out of training."
+        found = Finding("OK", "prompts", told)
+    elif numbers["num_too_long"]:
         found = Finding(
             "FAIL",
             "prompts",
             f"{message}; {numbers['num_too_long']} exceed rollout.max_prompt_tokens = {limit}.",
-            f"raise rollout.max_prompt_tokens to {max(lengths)}, or leave these prompts out.",
+            f"raise rollout.max_prompt_tokens to {max(lengths)}, or set data.skip_long = true.",
         )
     else:
         found = Finding("OK", "prompts", f"{message}; {limit} are allowed.")
@@ -76,7 +79,12 @@ def prompt_lengths(patient: Patient) -> Check:
 
 
 def contexts(
-    lengths: Many[int], budget: int, has_budget: bool, student: int | None, teacher: int | None
+    lengths: Many[int],
+    budget: int,
+    has_budget: bool,
+    student: int | None,
+    teacher: int | None,
+    skips: bool = False,
 ) -> tuple[Check, int | None]:
     """Whether every prompt and a whole completion fit into both models.
 
@@ -86,6 +94,7 @@ def contexts(
         has_budget: Whether the user chose it.
         student: Context of the student in tokens; None where its config does not say.
         teacher: The same of the teacher.
+        skips: Whether prompts that are too long are left out of training.
 
     Returns:
         FAIL where they do not fit, which `train` refuses, WARN where the budget is the default;
@@ -110,12 +119,15 @@ def contexts(
     if longest < shortest:
         fix = f"set rollout.max_new_tokens to {shortest - longest} or less, or {fix}"
     message = f"{message}: {over} of {len(lengths)} prompts leave too little room."
+    if skips:
+        told = f"{message} They are left out of training."
+        return Check((Finding("OK", "context", told),), numbers), shortest
     level = "FAIL" if has_budget else "WARN"
     return Check((Finding(level, "context", message, fix),), numbers), shortest
 
 
 def encode_solutions(
-    prompts: Many[Prompt], tokenizer: object, plan: StopPlan
+    prompts: Many[Prompt], tokenizer: object, plan: StopPlan, texts: Many[str] = ()
 ) -> tuple[list[tuple[int, tuple[int, ...]]], list[str]]:
     """Golden solutions as completions with their stop, and why others cannot be used.
 
@@ -123,6 +135,7 @@ def encode_solutions(
         prompts: Prompts.
         tokenizer: The student's tokenizer.
         plan: Which ids stop, and which of them is appended.
+        texts: The prompts as the student reads them; () where they are not known.
 
     Returns:
         Pairs of a prompt's place and its solution's ids; and a sentence for each that is refused.
@@ -133,7 +146,8 @@ def encode_solutions(
         if prompt.solution is None:
             continue
         try:
-            ids = encode_golden(prompt, tokenizer, plan.label_id, plan.decode_ids)  # pyright: ignore[reportArgumentType]
+            text = texts[place] if texts else ""
+            ids = encode_golden(prompt, tokenizer, plan.label_id, plan.decode_ids, text)  # pyright: ignore[reportArgumentType]
             encoded.append((place, ids))
         except DataError as error:
             refused.append(str(error))

@@ -17,7 +17,7 @@ from stableopd import models
 from stableopd.config import DataConfig
 from stableopd.config_templates import told_template
 from stableopd.data.grading import grader_of
-from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.data.prompts import encode_prompts, load_prompts, refuse_long
 from stableopd.data.templates import give_template
 from stableopd.data.vocabulary import require_rows
 from stableopd.evaluate.loading import load_model
@@ -30,7 +30,7 @@ from stableopd.rollout.stops import stop_ids_of
 from stableopd.terminal import table
 from stableopd.training.answer_checks import failing_answers
 from stableopd.training.devices import dtype_of, make_accelerator, require_one_process
-from stableopd.types import ConfigError, Prompt
+from stableopd.types import Prompt
 
 __all__ = ["run_eval"]
 
@@ -75,7 +75,7 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
         require_rows(zip(told, encoded[name], strict=True), model.tokenizer, vocabulary)
     budget = settings.max_new_tokens or _budget(encoded, model)
     for name, of in sets.items():
-        _refuse_overlong(name, of, encoded[name], model, budget)
+        refuse_long(of.prompts, encoded[name], 10**9, model.context, budget, f"{name}: ")
     asked = dataclasses.asdict(settings)
     template = {name: asked[name] for name in ("chat_template", "chat_template_kwargs")}
     decided = {
@@ -154,18 +154,6 @@ def _budget(encoded: Mapping[str, Sequence[tuple[int, ...]]], model: LanguageMod
     longest = max(len(ids) for prompts in encoded.values() for ids in prompts)
     room = MAX_NEW_TOKENS if model.context is None else model.context - longest
     return max(1, min(MAX_NEW_TOKENS, room))
-
-
-def _refuse_overlong(
-    name: str, of: _Set, prompt_ids: Sequence[tuple[int, ...]], model: LanguageModel, budget: int
-) -> None:
-    for prompt, ids in zip(of.prompts, prompt_ids, strict=True):
-        if model.context is not None and len(ids) + budget > model.context:
-            raise ConfigError(
-                f"{name}: prompt {prompt.id}: {len(ids)} tokens and a completion of up to {budget} "
-                f"do not fit into the model's context of {model.context}; lower "
-                "--max-new-tokens or leave the prompt out."
-            )
 
 
 def _answer_all(

@@ -7,22 +7,25 @@ FILE is made from it: it is whole at any time, and a kill loses the prompts that
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
 from rich.progress import track
 
 from stableopd.config import DataConfig
 from stableopd.config_templates import read_template, told_template
+from stableopd.data.answers import begin_thoughts
 from stableopd.data.grading import grade, grader_of
 from stableopd.data.prompts import encode_prompts, load_prompts
 from stableopd.data.templates import give_template
+from stableopd.data.thoughts import join_thought
 from stableopd.data.vocabulary import require_rows
-from stableopd.endpoint import AnswerError, answer_bytes, at, listed, words
+from stableopd.endpoint import AnswerError, answer_bytes, at, listed, table, words
 from stableopd.evaluate.store import fingerprint
 from stableopd.models import LanguageModel, shared_vocabulary
 from stableopd.offline.journal import Journal
@@ -81,8 +84,12 @@ class Asked:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-# A text, and whether it ended with a stop.
-Answer = tuple[str, bool]
+class Answer(NamedTuple):
+    """A text, whether it ended with a stop, and whether its prompt had begun a thought."""
+
+    text: str
+    has_ended: bool
+    is_thinking: bool = False
 
 
 class _Writer(Protocol):
@@ -141,6 +148,8 @@ def run_golden(source: Source, data: str, output: Path, asked: Asked) -> int:
         give_template(teacher.local.tokenizer, asked.chat_template)
         writer = _LocalWriter(teacher.local, teacher.stop_ids or (), asked)
     else:
+        if teacher.tokenizer is not None:
+            give_template(teacher.tokenizer, asked.chat_template)
         writer = _ServedWriter(teacher, source.max_in_flight)
     try:
         _write_all(journal, writer, prompts, asked, grader)
@@ -151,6 +160,8 @@ def run_golden(source: Source, data: str, output: Path, asked: Asked) -> int:
         kept = _publish(output, journal, prompts)
     what = "ended with a stop and was right" if asked.is_verified else "ended with a stop"
     others = f"; for the others no answer of {asked.num_samples} {what}"
+    if num_empty := sum(row.get("num_empty", 0) for row in journal.rows()):
+        others += f" ({num_empty} ended without any text after the thought)"
     told = others if kept < len(prompts) else ""
     print(f"{kept} of {len(prompts)} prompts have a solution{told}: {output}")
     return 0
@@ -193,17 +204,22 @@ def _row(
     prompt: Prompt, answers: list[Answer], asked: Asked, grader: tuple[str, str]
 ) -> dict[str, Any]:
     """What came of a prompt; `solution` is None where no answer will do."""
-    ended = [text for text, has_ended in answers if has_ended and text.strip()]
+    stopped = [answer for answer in answers if answer.has_ended]
+    ended = [answer for answer in stopped if answer.text.strip()]
     right = [
-        text for text in ended if asked.is_verified and grade(text, prompt.answer or "", *grader)
+        answer
+        for answer in ended
+        if asked.is_verified
+        and grade(answer.text, prompt.answer or "", *grader, answer.is_thinking)
     ]
     chosen = right if asked.is_verified else ended
     return {
         "id": prompt.id,
         "num_samples": len(answers),
         "num_ended": len(ended),
+        "num_empty": len(stopped) - len(ended),
         "num_correct": len(right) if asked.is_verified else None,
-        "solution": chosen[0] if chosen else None,
+        "solution": chosen[0].text if chosen else None,
     }
 
 
@@ -216,6 +232,8 @@ def _publish(output: Path, journal: Journal, prompts: Sequence[Prompt]) -> int:
         line = {"id": prompt.id, "prompt": _plain(prompt), "solution": row["solution"]}
         if prompt.answer is not None:
             line["answer"] = prompt.answer
+        if prompt.tools:
+            line["tools"] = json.loads(prompt.tools)
         lines.append(json_line(line))
     write_bytes(output, lines)
     return len(lines)
@@ -224,7 +242,7 @@ def _publish(output: Path, journal: Journal, prompts: Sequence[Prompt]) -> int:
 def _plain(prompt: Prompt) -> Any:
     if isinstance(prompt.prompt, str):
         return prompt.prompt
-    return [{"role": m.role, "content": m.content} for m in prompt.prompt]
+    return [message.as_dict() for message in prompt.prompt]
 
 
 class _LocalWriter:
@@ -258,7 +276,11 @@ class _LocalWriter:
             SamplingSettings(budget, asked.temperature, asked.top_p),
             _seed(asked, start),
         )
-        answers = [(r.completion, r.stop_reason is StopReason.STOP) for r in drawn]
+        thinking = begin_thoughts([r.prompt_ids for r in drawn], self._model.tokenizer)
+        answers = [
+            Answer(r.completion, r.stop_reason is StopReason.STOP, is_thinking)
+            for r, is_thinking in zip(drawn, thinking, strict=True)
+        ]
         return [answers[n : n + k] for n in range(0, len(answers), k)]
 
 
@@ -268,7 +290,7 @@ class _ServedWriter:
     def __init__(self, teacher: Opened, max_in_flight: int) -> None:
         assert teacher.endpoint is not None
         self._endpoint, self._name = teacher.endpoint, teacher.name
-        self._stop_ids = teacher.stop_ids
+        self._stop_ids, self._tokenizer = teacher.stop_ids, teacher.tokenizer
         self.num_together = 2 * max_in_flight
 
     def write(self, prompts: Sequence[Prompt], asked: Asked, start: int) -> list[list[Answer]]:
@@ -276,8 +298,8 @@ class _ServedWriter:
         path = "/completions" if asked.chat_template == "none" else "/chat/completions"
         bodies = [self._body(prompt, asked, start + i) for i, prompt in enumerate(prompts)]
         size = answer_bytes(asked.num_samples * asked.max_new_tokens)
-        answers = self._endpoint.post_all(path, bodies, most_bytes=size)
-        return [self._answers(answer, asked) for answer in answers]
+        told = self._endpoint.post_all(path, bodies, most_bytes=size)
+        return [self._answers(p, a, asked) for p, a in zip(prompts, told, strict=True)]
 
     def _body(self, prompt: Prompt, asked: Asked, place: int) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -294,6 +316,8 @@ class _ServedWriter:
             turns = _plain(prompt)
             one = [{"role": "user", "content": turns}]
             body["messages"] = one if isinstance(turns, str) else turns
+            if prompt.tools:
+                body["tools"] = json.loads(prompt.tools)
             # The names that vLLM and SGLang have for them.
             if asked.chat_template_kwargs:
                 body["chat_template_kwargs"] = asked.chat_template_kwargs
@@ -307,11 +331,16 @@ class _ServedWriter:
             )
         return {**body, "prompt": prompt.prompt}
 
-    def _answers(self, answer: dict[str, Any], asked: Asked) -> list[Answer]:
-        path = ("message", "content") if asked.chat_template != "none" else ("text",)
+    def _answers(self, prompt: Prompt, answer: dict[str, Any], asked: Asked) -> list[Answer]:
+        is_chat = asked.chat_template != "none"
         try:
             found = [
-                (words(at(choice, *path) or "", path[-1]), at(choice, "finish_reason") == "stop")
+                Answer(
+                    self._said(prompt, table(at(choice, "message"), "message"), asked)
+                    if is_chat
+                    else words(at(choice, "text") or "", "text"),
+                    at(choice, "finish_reason") == "stop",
+                )
                 for choice in listed(at(answer, "choices"), "choices")
             ]
         except AnswerError as error:
@@ -324,6 +353,27 @@ class _ServedWriter:
                 f"{asked.num_samples} answers that were asked for; it must take n."
             )
         return found
+
+    def _said(self, prompt: Prompt, message: dict[str, Any], asked: Asked) -> str:
+        """The text of an answer; "" without one."""
+        content = at(message, "content")
+        if isinstance(content, list):
+            parts = listed(content, "content")
+            content = "".join(words(at(part, "text"), "text") for part in parts)
+        text = words(content or "", "content")
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        if not isinstance(thought, str) or not thought.strip():
+            return text
+        if self._tokenizer is None:
+            raise ServerError(
+                f"{self._endpoint.name}: {self._endpoint.urls[0]} gives the thought apart from the "
+                "answer, and a solution needs both: start the server without --reasoning-parser, "
+                "or give the teacher's folder as --tokenizer, whose chat template joins them."
+            )
+        if not text.strip():
+            return ""  # the thought is all that there is
+        kwargs = asked.chat_template_kwargs
+        return join_thought(prompt, thought, text, self._tokenizer, asked.chat_template, kwargs)
 
 
 def _seed(asked: Asked, place: int) -> int:

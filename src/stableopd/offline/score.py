@@ -12,15 +12,17 @@ from rich.console import Console
 from rich.progress import track
 
 from stableopd.config_templates import told_template
-from stableopd.data.prompts import encode_prompts
-from stableopd.data.rows import read_rows
+from stableopd.data.golden import encode_after
+from stableopd.data.messages import conversation, solution_text, tools_of
+from stableopd.data.prompts import encode_prompts, render
+from stableopd.data.rows import Row, read_rows
 from stableopd.data.templates import give_template
 from stableopd.evaluate.store import fingerprint
 from stableopd.offline.journal import Journal
 from stableopd.offline.source import LocalJudge, Opened, Source, open_source
 from stableopd.runfolder import RunFolder
 from stableopd.teacher.server import Item, Judged, ServedTeacher
-from stableopd.types import ConfigError, DataError, Message, Prompt, StopReason
+from stableopd.types import ConfigError, DataError, Prompt, StopReason
 
 __all__ = ["run_score"]
 
@@ -201,8 +203,8 @@ def _item(line: _Line, teacher: Opened, template: _Template) -> Item:
 def _encode(
     values: Mapping[str, Any], place: str, teacher: Opened, template: _Template
 ) -> list[list[int] | None]:
-    tokenizer, text, prompt = teacher.tokenizer, values.get("completion"), values.get("prompt")
-    if not isinstance(text, str) or not isinstance(prompt, str | list):
+    tokenizer, row = teacher.tokenizer, Row(place, place, dict(values))
+    if values.get("completion") is None or values.get("prompt") is None:
         raise DataError(
             f"{place}: neither prompt_ids and completion_ids nor the texts prompt and completion "
             "are there."
@@ -211,19 +213,14 @@ def _encode(
         raise DataError(
             f"{place}: texts without token ids; give the teacher's folder as --tokenizer."
         )
-    try:
-        turns = (
-            prompt
-            if isinstance(prompt, str)
-            else tuple(Message(str(m["role"]), str(m["content"])) for m in prompt)
-        )
-    except (LookupError, TypeError):
-        raise DataError(f"{place}: the prompt's messages must have role and content.") from None
-    told = Prompt(place, turns)
-    (prompt_ids,) = encode_prompts(
-        [told], tokenizer, template.setting, 2**62, None, 0, template.kwargs
-    )
-    completion = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    turns = conversation(row, "prompt", values["prompt"], must_end_open=False)
+    text = values["completion"]
+    if text != "":  # which is a rollout of no token
+        text = solution_text(row, "completion", text)
+    told = Prompt(place, turns, tools=tools_of(row))
+    setting, kwargs = template.setting, template.kwargs
+    (prompt_ids,) = encode_prompts([told], tokenizer, setting, 2**62, None, 0, kwargs)
+    completion = list(encode_after(render(told, tokenizer, setting, kwargs), text, tokenizer))
     if values.get("stop_reason") == StopReason.STOP:
         stops = teacher.stop_ids or ()
         eos = tokenizer.eos_token_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from stableopd.config import Config
 from stableopd.data.answers import begin_thoughts
 from stableopd.data.golden import golden_sequences, num_too_long
 from stableopd.data.grading import grader_of
-from stableopd.data.prompts import encode_prompts, load_prompts
+from stableopd.data.prompts import encode_prompts, load_prompts, refuse_long, render, too_long
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import StopPlan
 from stableopd.types import DataError, Prompt, Rollout, Sequence
@@ -90,24 +91,39 @@ def load_train(
     )
     if needs_golden:
         _require_solutions(config, prompts)
-    ids = _encode(config, student, teacher_context, prompts, budget)
-    if not needs_golden:
-        return _problems(config, student, data.train, prompts, ids, [None] * len(prompts)), []
-    golden = golden_sequences(
-        prompts, ids, student.tokenizer, stops.label_id, budget, stops.decode_ids
-    )
-    notes: list[str] = []
-    if left_out := num_too_long(prompts, golden):
-        notes.append(
-            f"{left_out} of {len(prompts)} golden solutions are longer than "
-            f"rollout.max_new_tokens = {budget} and are left out of the golden term."
+    prompts, ids, notes = _encode(config, student, teacher_context, prompts, budget)
+    golden: Many[Sequence | None] = [None] * len(prompts)
+    if needs_golden:
+        golden = golden_sequences(
+            prompts,
+            ids,
+            student.tokenizer,
+            stops.label_id,
+            budget,
+            stops.decode_ids,
+            _texts(config, student, prompts),
         )
+        if left_out := num_too_long(prompts, golden):
+            notes.append(
+                f"{left_out} of {len(prompts)} golden solutions are longer than "
+                f"rollout.max_new_tokens = {budget} and are left out of the golden term."
+            )
     return _problems(config, student, data.train, prompts, ids, golden), notes
+
+
+def _texts(config: Config, student: LanguageModel, prompts: Many[Prompt]) -> list[str]:
+    data = config.data
+    return [
+        render(p, student.tokenizer, data.chat_template, data.chat_template_kwargs)
+        if p.solution is not None
+        else ""
+        for p in prompts
+    ]
 
 
 def load_held_out(
     config: Config, student: LanguageModel, teacher_context: int | None
-) -> Problems | None:
+) -> tuple[Problems, list[str]] | tuple[None, list[str]]:
     """Read the problems of the evaluation; None without one.
 
     Args:
@@ -116,24 +132,26 @@ def load_held_out(
         teacher_context: Longest sequence that the teacher reads; None without a limit.
 
     Returns:
-        The problems, without golden solutions.
+        The problems, without golden solutions; and sentences for the user about them.
 
     Raises:
         DataError: A row cannot be used.
     """
     if not config.eval.data:
-        return None
+        return None, []
     prompts = load_prompts(
         config.eval.data,
-        config.data,
+        # The solutions are not read, so their column may be missing.
+        dataclasses.replace(config.data, solution=""),
         split="test",
         needs_solution=False,
         needs_answer=True,
         max_rows=config.eval.max_problems,
     )
     budget = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    ids = _encode(config, student, teacher_context, prompts, budget)
-    return _problems(config, student, config.eval.data, prompts, ids, [None] * len(prompts))
+    prompts, ids, notes = _encode(config, student, teacher_context, prompts, budget)
+    none = [None] * len(prompts)
+    return _problems(config, student, config.eval.data, prompts, ids, none), notes
 
 
 def _problems(
@@ -154,17 +172,28 @@ def _encode(
     teacher_context: int | None,
     prompts: Many[Prompt],
     max_new_tokens: int,
-) -> list[tuple[int, ...]]:
+) -> tuple[Many[Prompt], list[tuple[int, ...]], list[str]]:
+    """Prompts with their token ids, without those that are too long where these are left out."""
     contexts = [context for context in (student.context, teacher_context) if context]
-    return encode_prompts(
+    context, limit = min(contexts, default=None), config.rollout.max_prompt_tokens
+    skips = config.data.skip_long
+    ids = encode_prompts(
         prompts,
         student.tokenizer,
         config.data.chat_template,
-        config.rollout.max_prompt_tokens,
-        min(contexts, default=None),
+        10**9 if skips else limit,
+        None if skips else context,
         max_new_tokens,
         config.data.chat_template_kwargs,
     )
+    long = set(too_long(ids, limit, context, max_new_tokens))
+    if not long:
+        return prompts, ids, []
+    kept = [place for place in range(len(prompts)) if place not in long]
+    if not kept:
+        refuse_long(prompts, ids, limit, context, max_new_tokens)
+    told = f"{len(long)} of {len(prompts)} prompts are too long and are left out (data.skip_long)."
+    return [prompts[i] for i in kept], [ids[i] for i in kept], [told]
 
 
 def _require_solutions(config: Config, prompts: Many[Prompt]) -> None:

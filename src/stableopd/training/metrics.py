@@ -163,5 +163,5 @@ def rollout_rows(
     return rows
 
 
-def _message(message: Any) -> dict[str, str]:
-    return {"role": message.role, "content": message.content}
+def _message(message: Any) -> dict[str, Any]:
+    return message.as_dict()

@@ -222,7 +222,8 @@ def _read(config: Config, resume: bool, allowed: Sequence[str], layout: Layout) 
     teacher = find_teaching(config, student, loaded.teacher, stops, num_tokens)
     needs_golden = bool(objective.lambda_gold) or may_raise
     train, notes = load_train(config, student, teacher.context, stops, needs_golden)
-    held_out = load_held_out(config, student, teacher.context)
+    held_out, told = load_held_out(config, student, teacher.context)
+    notes += [f"eval.data: {note}" for note in told]
     for problems in (train, held_out):
         if problems is not None:
             require_rows(problems.named_texts(), student.tokenizer, num_tokens)
