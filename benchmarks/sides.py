@@ -129,13 +129,13 @@ class Replay:
 
 
 def _replayed(run: Any, method: str, steps: int) -> dict[str, Any]:
-    """What each step found; of terms without a peer also the dense formula."""
+    """What each step found; for StableOPD also the dense formula of the same terms."""
     import stableopd
 
     found: dict[str, list[float]] = {"loss": [], "grad_norm": [], "dense": []}
     lines = stableopd.train(run, should_stop=lambda: False)
     for _ in range(steps):
-        if method in ("opd", "stable_opd"):
+        if method == "stable_opd":
             found["dense"].append(_dense_loss(run))
         line = next(lines)
         found["loss"].append(line["loss/total"])
@@ -146,10 +146,10 @@ def _replayed(run: Any, method: str, steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _dense_loss(run: Any) -> float:
-    """The loss of the replayed rollouts from whole logits, row by row, with StableOPD's terms."""
+    """StableOPD's loss of the replayed rollouts from whole logits, row by row."""
     objective, train = run.config.objective, run.train
     student, teacher = run.players.student, run.players.teacher.model
-    reference, places = run.players.reference, range(len(train.prompts))
+    reference, places = run.players.reference.model, range(len(train.prompts))
     device = run.accelerator.device
     per_prompt = run.config.rollout.rollouts_per_prompt
     rollouts = run.sampler.sample(train.named_ids(places), per_prompt, None, 0)
@@ -163,16 +163,13 @@ def _dense_loss(run: Any) -> float:
     for r in rollouts:
         mine_TV, mine = logps(student, r.prompt_ids, r.completion_ids)
         _, other = logps(teacher, r.prompt_ids, r.completion_ids)
+        first_TV, _ = logps(reference, r.prompt_ids, r.completion_ids)
         policy += (mine - other).mean().item() / len(rollouts)
-        if objective.beta_reference:
-            first_TV, _ = logps(reference.model, r.prompt_ids, r.completion_ids)
-            kl = (mine_TV.exp() * (mine_TV - first_TV)).sum(-1).mean().item()
-            constraint += objective.beta_reference * kl / len(rollouts)
-    solutions = train.golden if objective.lambda_gold else []
-    for s in solutions:
-        logp = logps(student, s.prompt_ids, s.completion_ids)[1].mean().item()
-        golden -= logp / len(solutions)
-    return policy + constraint + golden
+        kl = (mine_TV.exp() * (mine_TV - first_TV)).sum(-1).mean().item()
+        constraint += kl / len(rollouts)
+    for s in train.golden:
+        golden -= logps(student, s.prompt_ids, s.completion_ids)[1].mean().item()
+    return policy + objective.beta_reference * constraint + golden / len(train.golden)
 
 
 def _theirs(spec: dict[str, Any], world: World, folder: Path) -> dict[str, Any]:

@@ -6,15 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import types
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 CHECK = ROOT / "benchmarks" / "gpu"
 sys.path.append(str(CHECK))
 
+import check as gpu_check  # noqa: E402
 import page  # noqa: E402
+import phase_profile  # noqa: E402
 import plan  # noqa: E402
 
 
@@ -86,6 +91,61 @@ def test_a_phase_that_hangs_or_fails_is_told_and_the_next_one_runs(tmp_path):
     assert found["rollouts"]["rows"] == found["demo"]["rows"] == [{"n": 1}]
     assert "5 s" in found["rollouts"]["error"]
     assert found["demo"]["error"] == "ValueError: no demo"
+
+
+def wheel(folder: Path, name: str, tag: str = "py3-none-any") -> Path:
+    """A wheel with one empty module."""
+    file, info = folder / f"{name}-1.0-{tag}.whl", f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(f"{name}.py", "")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(
+            f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    return file
+
+
+@pytest.mark.recipe
+def test_what_is_missing_is_installed_into_a_folder_of_its_own(tmp_path, monkeypatch):
+    wheels, target = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "before")
+    wheel(wheels, "torch")
+    assert gpu_check.install(wheels, target) == []
+    assert not target.exists()
+    wheel(wheels, "gpu_probe")
+    wheel(wheels, "gpu_other", "cp27-none-any")
+    probe, *rest = sorted(gpu_check.install(wheels, target), reverse=True)
+    assert probe == "gpu-probe"
+    assert [line.split(" (")[0] for line in rest] == ["gpu-other"]
+    assert "gpu-other" in rest[0].split(" (")[1]
+    assert {file.name for file in target.glob("*.py")} == {"gpu_probe.py"}
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(target), "before"]
+
+
+def test_kernels_are_counted_without_the_ranges_around_them():
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(name, device, us, annotation=False):
+        spent = types.SimpleNamespace(elapsed_us=lambda: us)
+        return types.SimpleNamespace(
+            name=name,
+            device_type=device,
+            is_user_annotation=annotation,
+            time_range=spent,
+            self_cpu_time_total=us,
+        )
+
+    events = [event("gemm", cuda, 3_000), event("copy", cuda, 500), event("gemm", cuda, 3_500)]
+    events += [event("AdamW", cuda, 7_000, True), event("aten::mm", cpu, 9_000)]
+    found = phase_profile.dearest(events, on_gpu=True)
+    assert (found["launches"], found["device_ms"]) == (3, 7.0)
+    assert [k["name"] for k in found["kernels"]] == ["gemm", "copy"]
+    assert (found["kernels"][0]["ms"], found["kernels"][0]["launches"]) == (6.5, 2)
+    assert phase_profile.dearest(events, on_gpu=False)["launches"] == 4
+    assert phase_profile.dearest([], on_gpu=True) == {"launches": 0, "device_ms": 0, "kernels": []}
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,10 @@ def run_phase(
         child.join(limit)
         is_cut = child.is_alive()
     finally:
-        # Its group is there once it has begun; before, it is alone.
-        for kill in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(child.pid, signal.SIGKILL)
+        # What it started is in its group, which is there once it has begun.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
     record.content = json.loads(record.path.read_text())
     if is_cut:

@@ -19,6 +19,8 @@ from plan import PEER
 TIMED = ("stable_opd", PEER, "opd", "gkd")
 # bfloat16 products in the models of both sides; the dense formula has float32's.
 AGREEMENT = 3e-2
+# Losses below this many nats are compared as if they were that large.
+LEAST = 0.1
 WARM, STEPS = 1, 2
 
 
@@ -51,7 +53,7 @@ def _compared(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         return forked(sides.compute, replay | {"side": name})[key][0]
 
     def row(method: str, against: str, ours: float, theirs: float) -> dict[str, Any]:
-        error = abs(ours - theirs) / max(abs(theirs), 1.0)
+        error = abs(ours - theirs) / max(abs(theirs), LEAST)
         found = {"side": "compared", "method": method, "against": against}
         return found | {"ours": ours, "theirs": theirs, "error": error, "ok": error <= AGREEMENT}
 

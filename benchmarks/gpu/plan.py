@@ -4,8 +4,8 @@
 LIMITS = {
     "correct": 80,
     "loss": 90,
-    "rollouts": 80,
-    "step": 150,
+    "rollouts": 90,
+    "step": 140,
     "demo": 90,
     "profile": 60,
 }
