@@ -50,3 +50,9 @@ def test_what_is_not_finite_in_one_process_ends_all(server, tmp_path):
     message, is_unchanged = found[0]
     assert "loss/divergence is nan" in message
     assert is_unchanged
+
+
+def test_data_that_one_process_cannot_use_end_all(server, tmp_path):
+    found = server.call("trl_steps:refuse", str(tmp_path), **OPTIONS)
+    assert found[0] == found[1]
+    assert "row 1" in found[0]

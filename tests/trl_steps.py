@@ -1,11 +1,12 @@
 """Runs of `StableOPDTrainer` in one process or in several; run by test_trl_parallel.py."""
 
 import copy
+import os
 
 import datasets
 import torch
 
-from stableopd.types import TrainingError
+from stableopd.types import DataError, TrainingError
 from tiny import END, in_double, sums
 from trl_parts import make, student, teacher
 
@@ -44,6 +45,17 @@ def train(folder, num_processes):
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     log = [line for line in trainer.state.log_history if "loss" in line]
     return log, trainer.collapse_alarm.lines, weights
+
+
+def refuse(folder):
+    """What is raised where only the last process has read a solution that cannot be used."""
+    rank = int(os.environ["RANK"])
+    data = datasets.Dataset.from_dict({"prompt": ["1+1="], "solution": [[4, 5] if rank else [1]]})
+    try:
+        make(folder, data=data)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def fail(folder):

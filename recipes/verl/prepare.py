@@ -1,11 +1,12 @@
 """Turn JSONL with prompt, solution and answer into the parquet files that verl reads.
 
     python recipes/verl/prepare.py train.jsonl test.jsonl --output work/verl \
-        --model path/to/student --max-prompt-tokens 1024 --max-response-tokens 8192
+        --model path/to/student --max-prompt-tokens 1024 --max-response-tokens 8192 \
+        --stop-ids 151643 151645
 
 Of the training file every row asks for the golden mixture, so a prompt without a solution, or with
-one that is longer than the budget, is left out and counted. verl has no prompts but chats: a prompt
-that is text becomes the one message of a user.
+one that is longer than the budget or holds a stop within, is left out and counted. verl has no
+prompts but chats: a prompt that is text becomes the one message of a user.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer
 from stableopd.config import DataConfig
 from stableopd.data.golden import encode_golden
 from stableopd.data.prompts import load_prompts
-from stableopd.types import Prompt
+from stableopd.types import DataError, Prompt
 
 
 def messages(prompt: Prompt) -> list[dict[str, str]]:
@@ -65,6 +66,9 @@ def main() -> None:
     parser.add_argument("--max-response-tokens", type=int, default=8192)
     parser.add_argument("--grader", choices=("exact", "math"), default="math")
     parser.add_argument("--answer-marker", default="")
+    parser.add_argument(
+        "--stop-ids", type=int, nargs="*", default=[], help="the same as the run's stop_ids"
+    )
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.chat_template is None:
@@ -87,7 +91,12 @@ def fits(prompt: Prompt, tokenizer: Any, args: argparse.Namespace) -> bool:
     chat = tokenizer.apply_chat_template(
         messages(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
     )
-    golden = encode_golden(prompt, tokenizer, tokenizer.eos_token_id)
+    label, *others = args.stop_ids or [tokenizer.eos_token_id]
+    try:
+        golden = encode_golden(prompt, tokenizer, label, others)
+    except DataError as error:
+        print(f"left out: {error}")
+        return False
     return len(chat) <= args.max_prompt_tokens and len(golden) <= args.max_response_tokens
 
 

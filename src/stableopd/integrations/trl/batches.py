@@ -18,7 +18,7 @@ def right_padded(inputs: Mapping[str, Tensor], name: str) -> Batch:
     """Prompts, which TRL pads on the left, with completions of a kind, padded on the right.
 
     So positions count from each prompt's first token, as in generation, for models with absolute
-    positions too. The sequences are known by their tensors alone.
+    positions too. The sequences are known only by their tensors.
 
     Args:
         inputs: TRL's tensors `prompt_ids` and `prompt_mask`, (B, P), and those of the completions.
@@ -48,7 +48,7 @@ def records_of(
         inputs: TRL's tensors `completion_ids` and `completion_mask`, (B, C).
         tokenizer: The student's tokenizer.
         stop_ids: Ids that end a rollout.
-        scores: What the student and, first beside it, the teacher say of these tokens, row by row;
+        scores: What the student and, first of the others, the teacher say of these tokens, by row;
             None where they were not scored.
 
     Returns:

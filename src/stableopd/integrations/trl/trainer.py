@@ -4,12 +4,12 @@
       + lambda_gold    · mean over golden tokens  of -log pi_theta(y_t)
       + beta_reference · mean over rollout tokens of KL(pi_theta || pi_ref)
 
-Each mean is over all tokens of a kind of the whole optimizer step, all micro-batches and processes,
+Each mean is over all tokens of a kind of the full optimizer step, all micro-batches and processes,
 as TRL takes its own; this is `aggregation = "token"` of docs/objective.md. Rollouts, optimizer,
 logging and checkpoints are TRL's. With both weights 0 and one stop id the loss is TRL's own code.
 
 In which precision a term is computed is TRL's: a forward pass outside autocast, in the weights' own
-type, whatever `bf16` says, and logits that become float32 before the softmax.
+type, with `bf16=True` too, and logits that become float32 before the softmax.
 
 Source: arXiv 2604.08527 (golden and reference term), 2609.20511 (stop event), 2306.13649 (TRL's D).
 """
@@ -47,7 +47,15 @@ from stableopd.objective.logprobs import score_tokens
 from stableopd.objective.loss import golden_cross_entropy, masked_mean
 from stableopd.rollout.stops import plan_stops, stop_ids_of
 from stableopd.teacher.local import FrozenModel
-from stableopd.types import Batch, ConfigError, ModelError, Record, Scores, TrainingError
+from stableopd.types import (
+    Batch,
+    ConfigError,
+    DataError,
+    ModelError,
+    Record,
+    Scores,
+    TrainingError,
+)
 
 __all__ = ["StableOPDTrainer"]
 
@@ -149,7 +157,7 @@ class StableOPDTrainer(DistillationTrainer):
             self.max_completion_length,
         )
         if args.lambda_gold and train_dataset is not None:
-            self._solutions.require(train_dataset)
+            self._require_solutions(train_dataset)
         repetition = RepetitionConfig(
             args.repetition_window_chars,
             args.repetition_ratio,
@@ -161,6 +169,16 @@ class StableOPDTrainer(DistillationTrainer):
             self.stops.mode, self.stops.student_ids, self.stops.teacher_ids
         )
         self.add_callback(self.collapse_alarm)
+
+    def _require_solutions(self, train_dataset: Any) -> None:
+        """Refuse solutions in all processes where one of them has read some that cannot be used."""
+        refused = []
+        try:
+            self._solutions.require(train_dataset)
+        except DataError as error:
+            refused.append(str(error))
+        if refused := gather_object(refused):
+            raise DataError(refused[0])
 
     def _plan(self, teacher_tokenizer: Any) -> None:
         """Check that the models fit, choose the stops, and make teacher and reference ready."""
