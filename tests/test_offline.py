@@ -200,6 +200,22 @@ def golden(world, output, *arguments):
     )
 
 
+def test_score_by_a_server_that_changes(world, tmp_path):
+    """From its second answer on it is another model, with the same name and tokens."""
+    models = [vllm_like(make_llama(seed, width=48, sharp=8)) for seed in (1, 2)]
+    count = [0]
+
+    def script(path, body):
+        count[0] += "prompt_logprobs" in body
+        return models[count[0] > 1](path, body)
+
+    with serving(script) as server:
+        code, _, err = score(world, tmp_path / "s.jsonl", "--url", server.url)
+    assert code == 2
+    assert "another model" in err
+    assert not (tmp_path / "s.jsonl").exists()
+
+
 def test_golden_keeps_what_ended_and_local_and_served_agree(world, tmp_path):
     stops = ("--stop-ids", "3")  # greedily this teacher never ends with its own
     code, out, err = golden(
@@ -219,6 +235,34 @@ def test_golden_keeps_what_ended_and_local_and_served_agree(world, tmp_path):
     assert lines(tmp_path / "s.jsonl") == lines(tmp_path / "c.jsonl") == kept
     assert f"{len(kept)} of 20 prompts have a solution" in out
     assert set(kept[0]) == {"id", "prompt", "solution", "answer"}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        5,
+        {},
+        {"text": 5, "finish_reason": "stop"},
+        {"text": ["1"], "finish_reason": "stop"},
+        {"message": {"content": "1"}, "finish_reason": "stop"},
+    ],
+)
+def test_golden_answers_that_are_none(world, tmp_path, choice):
+    def odd(path, body, found):
+        return said({"choices": [choice]}) if "n" in body else None
+
+    with serving(vllm_like(make_llama(1), change=odd)) as server:
+        code, _, err = golden(
+            world,
+            tmp_path / "g.jsonl",
+            "--url",
+            server.url,
+            "--no-chat-template",
+            "--patience-s",
+            "5",
+        )
+    assert code == 2
+    assert server.url in err
 
 
 def test_golden_verified_goes_on_after_a_kill(world, tmp_path):

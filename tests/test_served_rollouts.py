@@ -6,6 +6,8 @@ tests/test_vllm.py.
 
 import json
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from torch.testing import assert_close
@@ -17,7 +19,7 @@ from parallel_parts import FSDP
 from stableopd import models
 from stableopd.models import LanguageModel
 from stableopd.rollout.sampler import TransformersSampler
-from stableopd.rollout.vllm import VllmSampler
+from stableopd.rollout.vllm import VllmSampler, _Half
 from stableopd.runfolder import RunFolder
 from stableopd.training import loop
 from stableopd.training.guard import Event
@@ -73,6 +75,42 @@ def loaded(fake, tmp_path):
     found = sampler(fake)
     found.load(tmp_path / "weights")
     return found
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+CHOICE = st.fixed_dictionaries(
+    {
+        "index": st.integers(0, 1) | JSON,
+        "token_ids": st.lists(st.integers(-1, tiny.V) | JSON, max_size=3) | JSON,
+        "logprobs": st.fixed_dictionaries(
+            {"token_logprobs": st.lists(st.floats() | st.integers() | JSON, max_size=3) | JSON}
+        )
+        | JSON,
+        "finish_reason": st.sampled_from(["stop", "length", "abort"]) | JSON,
+    }
+)
+CHOICES = st.fixed_dictionaries({"choices": st.lists(CHOICE | JSON, max_size=2) | JSON})
+
+
+@hypothesis.given(CHOICES, st.integers(1, 2))
+@hypothesis.settings(max_examples=400, deadline=None)
+def test_any_answer_is_rollouts_or_asked_for_again(answer, n):
+    """ModelError is for answers of the right form, whose ids no student has."""
+    options = {"timeout_s": 1.0, "patience_s": 0.0}
+    one = VllmSampler(["http://127.0.0.1:1/v1"], None, (tiny.EOS,), tiny.V, tiny.V, **options)
+    try:
+        rows = one._read(answer, {"n": n, "max_tokens": 2})
+    except (_Half, ModelError):
+        return
+    assert len(rows) == n
+    for ids, logps in rows:
+        assert len(ids) == len(logps)
+        assert all(0 <= i < tiny.V for i in ids)
+        assert all(x <= 0 for x in logps)
 
 
 class TestSampler:

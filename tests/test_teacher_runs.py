@@ -65,7 +65,7 @@ def require_same_metrics(found, expected):
 
 
 def test_a_run_with_a_served_teacher(world, monkeypatch):
-    monkeypatch.setenv("TEACHER_KEY", KEY)
+    monkeypatch.setenv("TEACHER_KEY", f"{KEY}\n")  # as a mounted secret has it
     with serving(vllm_like(teacher_of(world))) as server:
         config = served_config(world, "served", server.url, teacher={"api_key_env": "TEACHER_KEY"})
         code, out, err = run_cli("train", config)
@@ -104,6 +104,28 @@ def test_a_server_that_is_lost_costs_no_step(world):
         code, _, err = run_cli("train", config, "--resume", "--set", f"teacher.url={moved}")
         assert code == 0, err
     require_same_metrics(metrics_of(world / "lost"), metrics_of(world / "local"))
+
+
+def test_a_teacher_that_changes_costs_no_step(world):
+    """Another model behind the same address in the second step: its scores train nothing."""
+    other = vllm_like(make_llama(5, width=48, sharp=8))
+    first = vllm_like(teacher_of(world))
+
+    def script(path, body):
+        has_changed = (world / "changes" / "rollouts" / "000001.jsonl").exists()
+        return (other if has_changed else first)(path, body)
+
+    with serving(script) as server:
+        config = served_config(world, "changes", server.url, run={"save_every": 3})
+        code, _, err = run_cli("train", config)
+        assert code == 2
+        assert "error: step 2: teacher: " in err
+        assert "another model" in err
+    assert len(metrics_of(world / "changes")) == 1
+    with serving(first) as server:
+        code, _, err = run_cli("train", config, "--resume", "--set", f"teacher.url={server.url}")
+        assert code == 0, err
+    require_same_metrics(metrics_of(world / "changes"), metrics_of(world / "local"))
 
 
 def test_two_processes_ask_for_their_shares(world, server):

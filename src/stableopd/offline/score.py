@@ -21,6 +21,7 @@ from stableopd.evaluate.store import fingerprint
 from stableopd.offline.journal import Journal
 from stableopd.offline.source import LocalJudge, Opened, Source, open_source
 from stableopd.runfolder import RunFolder
+from stableopd.teacher.selftest import probe_of
 from stableopd.teacher.server import Item, Judged, ServedTeacher
 from stableopd.types import ConfigError, DataError, Prompt, StopReason
 
@@ -98,6 +99,10 @@ def run_score(
     journal = Journal(output, settings)
     num_done = len(journal.rows())
     starts = range(num_done, len(lines), GROUP)
+    if isinstance(judge, ServedTeacher) and starts:
+        prompt_ids, completion_ids = _item(lines[num_done], teacher, template)
+        for url in judge.endpoint.urls:
+            judge.remember(url, probe_of([[*prompt_ids, *completion_ids]]))
     console = Console(stderr=True)
     try:
         for start in track(starts, "scoring", console=console, disable=not console.is_terminal):

@@ -114,9 +114,8 @@ def _require_same_scores(teacher: ServedTeacher, probe: list[int]) -> str:
     endpoint, first = teacher.endpoint, list[float]()
     largest = 0.0
     for url in endpoint.urls:
-        found = teacher.token_logps(teacher.score(probe, url), probe)
+        found = teacher.remember(url, probe)
         _require_likeliest(teacher, url, probe)
-        teacher.probes[url] = (probe, found)
         first = first or found
         gap = sum(abs(a - b) for a, b in zip(first, found, strict=True)) / len(found)
         largest = max(largest, gap)

@@ -73,8 +73,8 @@ class ServedTeacher:
         top_k: Likeliest ids to ask for at each position; 0 asks for the tokens themselves alone.
         num_tokens: Size of the vocabulary that student and teacher share; None where it is not
             known.
-        probes: Token ids and what each replica said of them at the start, by its address; the
-            self-test fills it. Empty compares nothing later.
+        probes: Token ids and what each replica said of them at the start, by its address; filled
+            by `remember`. Empty compares nothing later.
     """
 
     endpoint: Endpoint
@@ -162,6 +162,23 @@ class ServedTeacher:
         size = answer_bytes(len(prompt), top_k)
         body = self.body(prompt, top_k)
         return self.endpoint.post("/completions", body, url, most_bytes=size, is_patient=is_patient)
+
+    def remember(self, url: str, ids: Sequence[int]) -> list[float]:
+        """Have a replica score a probe, and keep what it says, to compare with it later.
+
+        Args:
+            url: The replica.
+            ids: Two token ids or more.
+
+        Returns:
+            The log-probs of all tokens but the first, in nats.
+
+        Raises:
+            ServerError: It does not answer, or not with log-probs of these tokens.
+        """
+        found = self.token_logps(self.score(ids, url), ids)
+        self.probes[url] = (list(ids), found)
+        return found
 
     def require_unchanged(self) -> None:
         """Compare what each replica says of its probe with what it said at the start.
