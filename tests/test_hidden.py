@@ -12,6 +12,7 @@ from stableopd import hidden
 from stableopd.hidden import base_of, prefix_of, reads_prompts_once, token_hidden_states
 from stableopd.models import LanguageModel, add_lora
 from stableopd.training.batch import collate, micro_batches
+from stableopd.training.loading import checkpoint_gradients
 from stableopd.types import Sequence
 from test_models_logits import ARCHITECTURES
 from tiny import CPU, PAD, in_double, make_llama
@@ -146,7 +147,7 @@ def test_a_model_that_could_read_prompts_once_and_does_not_is_named_once(monkeyp
 def test_what_cannot_be_read_so():
     model = make_llama()
     assert reads_prompts_once(model)
-    model.activation_checkpointing_enable()
+    checkpoint_gradients(model)
     assert not reads_prompts_once(model)
     sharded = make_llama()
     hidden.offer_hooked_hidden_states(sharded)

@@ -236,9 +236,10 @@ def write_gguf(file, model):
     writer.add_vocab_size(V)
     writer.add_tokenizer_model("gpt2")
     tokens = [{" ": "Ġ", "\n": "Ċ"}.get(token, token) for token in tiny.VOCABULARY]
-    tokens[-1] = "10"
+    tokens[-2:] = ["12", "10"]
     writer.add_token_list(tokens)
-    writer.add_token_merges(["1 0"])
+    # Two, as transformers 5.17 reads a single one as a text.
+    writer.add_token_merges(["1 0", "1 2"])
     writer.add_token_types([3, 3, 3] + [1] * (V - 3))
     writer.add_eos_token_id(tiny.EOS)
     writer.add_bos_token_id(tiny.EOS)

@@ -17,7 +17,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-# This repository's package, whatever else is installed; the helpers of tests and benchmarks last.
+# This repository's package, not another that is installed; helpers of tests and benchmarks last.
 sys.path.insert(0, str(ROOT / "src"))
 sys.path += [str(ROOT / "tests"), str(HERE.parent)]
 

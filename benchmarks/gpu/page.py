@@ -158,8 +158,8 @@ def loss(found: Found) -> str:
                 ours = find(rows, side="ours", **size)
                 line = [f"{tokens:,}", f"{width:,}"]
                 for side in sides:
-                    beside = None if side == "ours" else ours
-                    line.append(cell(found, find(rows, side=side, **size), key, form, beside))
+                    over = None if side == "ours" else ours
+                    line.append(cell(found, find(rows, side=side, **size), key, form, over))
                 lines.append(line)
         return table(("tokens", "D", *sides.values()), lines)
 

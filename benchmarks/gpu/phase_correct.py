@@ -65,7 +65,7 @@ def judged(what: str, dtype: str, errors: dict[str, float], bound: float) -> dic
 
 
 def objective(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Both ways to score tokens: chunks of whole distributions, and the sweep."""
+    """Both ways to score tokens: chunks of full distributions, and the sweep."""
     num_tokens, vocabulary, width = setting.choose((512, 32_771, 256), (24, 5_003, 16))
     draw_from = torch.Generator().manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""`stableopd demo` on the device, beside the table that the README has of a CPU."""
+"""`stableopd demo` on the device, next to the README's table of a CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stableopd.demo import ARMS, table_row
 from stableopd.runfolder import RunFolder
 
 COLUMNS = ("accuracy", "TruncRate", "RepRate", "length")
-# What the demo is to show, whatever was drawn: the collapse, and the cure.
+# What the demo is to show, with any draws: the collapse, and the cure.
 COLLAPSED = {"accuracy": (0.0, 0.3), "TruncRate": (0.5, 1.0)}
 HEALTHY = {"accuracy": (0.9, 1.0), "TruncRate": (0.0, 0.1)}
 EXPECTED = {"OPD, end": COLLAPSED, "StableOPD, end": HEALTHY}

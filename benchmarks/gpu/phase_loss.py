@@ -1,7 +1,7 @@
 """Log-probs and the exact reverse KL over a large vocabulary, forward and backward, and its peers.
 
 All sides get the same bfloat16 hidden states and heads, and make the gradients of the student's
-hidden states and head. Liger's and TRL's functions give the KL alone; the other sides give the
+hidden states and head. Liger's and TRL's functions give the KL only; the other sides give the
 log-probs of the tokens too. The KL of each side is compared with ours before it is timed.
 """
 

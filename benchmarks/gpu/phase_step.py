@@ -1,4 +1,4 @@
-"""One training step: StableOPD, plain OPD and the reverse KL beside TRL's `DistillationTrainer`.
+"""One training step: StableOPD, plain OPD and the reverse KL, next to TRL's `DistillationTrainer`.
 
 Student and teacher have the shapes of Qwen3-0.6B and Qwen3-1.7B and random weights. Each side is a
 process of its own. The losses on given rollouts are compared first: the reverse KL's with TRL's,
