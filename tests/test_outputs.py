@@ -161,3 +161,28 @@ def test_report_and_compare_leave_files_of_a_run_alone(tmp_path):
 
 def test_a_page_runs_no_script(tmp_path):
     assert "default-src 'none'" in page_at(tmp_path / "page.html").read_text()
+
+
+EVIL = "\x1b]0;title\x07\x1b[2J"
+
+
+@pytest.mark.parametrize("name", [f"a{EVIL}.jsonl", "a\nb.jsonl", "a\u202eb.jsonl"])
+def test_names_do_not_reach_the_terminal_raw(tmp_path, name):
+    file = tmp_path / name
+    for exists in (False, True):
+        if exists:
+            file.write_text(ROWS)
+        code, out, err = tiny.run_cli("diagnose", file)
+        assert code == (0 if exists else 2)
+        assert not {"\x1b", "\x07", "\u202e"} & set(out + err)
+        assert err.count("\n") == 1
+        assert sum("20 rollouts of" in line for line in out.splitlines()) == exists
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    file = tmp_path / os.fsdecode(b"step_\xff1.jsonl")
+    file.write_text(ROWS)
+    code, out, _ = tiny.run_cli("diagnose", file, "--html", tmp_path / "page.html", draws=True)
+    assert code == 0
+    out.encode()  # no lone surrogates
+    assert "udcff" in out

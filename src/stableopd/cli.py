@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -44,11 +45,15 @@ def main() -> None:
     A fault of the program's own is a traceback and exit code 70, so that no caller takes it for
     the answer 1 (a collapse, a FAIL, a run that the alarm stopped).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not be in the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(args=with_template_value(sys.argv[1:]))
     except StableOPDError as error:
         if _is_first_here() or not error.is_shared:
-            print(f"error: {error}", file=sys.stderr)
+            from stableopd.terminal import printable
+
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception:
         traceback.print_exc()
@@ -407,10 +412,11 @@ def report(
     """Write the page of a run."""
     from stableopd.diagnose.command import page_path, read_runs
     from stableopd.report.page import write_page
+    from stableopd.terminal import printable
 
     if output is not None:
         page_path(output, [run])
     found = read_runs([run])  # first: a folder that is no run gets no page
     page = page_path(output or run / "report.html", [run])
     write_page(found, page, str(run))
-    print(f"Report: {page}")
+    print(printable(f"Report: {page}"))

@@ -270,12 +270,14 @@ def _batch_rows(path: Path, file: Any, group: int, names: Sequence[str]) -> int:
     A value that a dictionary holds once may stand in every row, so that the size of the row group
     says little: the longest of the dictionary's values is looked at. For plain values the mean is.
     """
-    found = file.metadata.row_group(group)
+    # pyarrow ends the process where damaged metadata are looked at that it has not read before.
+    next(file.iter_batches(1, row_groups=[group], columns=names), None)
+    found, schema = file.metadata.row_group(group), file.metadata.schema
+    paths = [schema.column(place).path for place in range(len(schema))]
     wanted = [
-        column
-        for place in range(found.num_columns)
-        if (column := found.column(place)).path_in_schema.partition(".")[0] in names
-        or column.path_in_schema in names
+        found.column(place)
+        for place, leaf in enumerate(paths)
+        if leaf in names or leaf.partition(".")[0] in names
     ]
     num_rows = max(found.num_rows, 1)
     stored = sum(column.total_uncompressed_size for column in wanted)
