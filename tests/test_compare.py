@@ -335,7 +335,7 @@ def test_comparison_page(page):
     assert rows[1][:3] == ["opd", "5 of 5", "0.210 0.190–0.230"]
     verdicts = rows[3:]
     assert verdicts[1] == ["opd", "opd-1", "1", "✕ Collapse", "B, repetition", "5 [4, 7]"]
-    assert verdicts[-1] == ["stable_opd", "stable-2", "2", "✓ Healthy", "–", "–"]
+    assert verdicts[-1] == ["stable_opd", "stable-2", "2", "✓ No collapse", "–", "–"]
     assert ["objective.lambda_gold", "0.0", "1.0"] in page.rows
     assert not any(row[0] in ("run.seed", "run.output") for row in page.rows)
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)

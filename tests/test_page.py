@@ -70,7 +70,7 @@ def test_the_verdict_comes_first(one):
 def test_a_healthy_run_is_calm(tmp_path):
     _, page = page_of([run(collapses=False)], tmp_path / "page.html")
     (box,) = page.texts["section"]
-    assert "✓ Healthy" in box
+    assert "✓ No collapse" in box
     assert "What to do" not in box
     assert "Onset:" not in box
 
@@ -135,14 +135,14 @@ def test_page_of_two_runs(two):
     assert page.texts["h2"] == ["OPD", "StableOPD"]
     rows = {row[0]: row[1:] for row in page.rows}
     assert rows["first → last step"] == ["OPD", "StableOPD"]
-    assert rows["Verdict"] == ["✕ Collapse", "✓ Healthy"]
+    assert rows["Verdict"] == ["✕ Collapse", "✓ No collapse"]
     assert rows["Mean length (tokens)"] == ["45.8 → 110.0", "43.5 → 43.5"]
 
 
 def test_runs_of_one_name_stay_apart(tmp_path):
     text, page = page_of([dump(verdict=COLLAPSED), dump()], tmp_path / "page.html")
     assert page.texts["h2"] == ["rollouts", "rollouts (2)"]
-    assert {row[0]: row[1:] for row in page.rows}["Verdict"] == ["✕ Collapse", "✓ Healthy"]
+    assert {row[0]: row[1:] for row in page.rows}["Verdict"] == ["✕ Collapse", "✓ No collapse"]
     assert "different parameters" not in text
 
 

@@ -154,6 +154,20 @@ def test_a_mismatch_that_has_not_struck_yet_is_told():
     assert "objective.stop" in verdict.advice[0]
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "is_told"),
+    [([0.0, 0.0], True), ([0.0, 0.1], False), ([], False), ([math.nan], False), (["x"], False)],
+)
+def test_accuracy_of_zero_throughout_is_told(accuracies, is_told):
+    given = lines()
+    for line, accuracy in zip(given, accuracies, strict=False):
+        line["rollout/accuracy"] = accuracy
+    verdict = judge(summary(), given, NONE, NONE)
+    assert (verdict.cause, verdict.collapsed) == ("healthy", False)
+    assert ("graded correct" in verdict.headline) is is_told
+    assert any("data.grader" in advice for advice in verdict.advice) is is_told
+
+
 def test_unknown_truncation():
     overall = Measures(6400, repetitive_share=0.1, loop_share=0.05)
     unknown = summary(overall, Measures(0))

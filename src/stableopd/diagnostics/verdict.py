@@ -138,10 +138,13 @@ def judge(
     clues = find_clues(summary, lines, onset, repetition_onset, facts)
     sign = _sign(summary, onset, repetition_onset, clues, alarm)
     evidence = say(summary, clues, onset, repetition_onset, facts, bool(sign))
+    is_never_right = _is_never_right(summary, lines)
+    if is_never_right:
+        evidence = (*evidence, "No answer was graded correct in any of these steps.")
     if not sign:
         if hidden := hidden_by(losses):
             return _too_much_lost(hidden, evidence)
-        found = _healthy(summary, onset, evidence, clues, alarm)
+        found = _healthy(summary, onset, evidence, clues, alarm, is_never_right)
         return replace(found, confidence=weaken(found.confidence, losses))
     if sign == "alarm":
         evidence = (*evidence, f"At the last step the alarm says collapse: {alarm.reason}.")
@@ -212,8 +215,22 @@ def _cause(clues: Clues) -> tuple[Cause, Literal["high", "medium", "low"]]:
     return ("unclear", "low")
 
 
+def _is_never_right(summary: Summary, lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether answers were graded, and not one of them was correct."""
+    names = ("rollout/accuracy", "eval/accuracy")
+    told = [line[name] for line in lines for name in names if name in line]
+    numbers = [x for x in (*told, summary.overall.accuracy) if isinstance(x, int | float)]
+    known = [x for x in numbers if not math.isnan(x)]
+    return bool(known) and max(known) == 0
+
+
 def _healthy(
-    summary: Summary, onset: Onset, evidence: tuple[str, ...], clues: Clues, alarm: Alarm
+    summary: Summary,
+    onset: Onset,
+    evidence: tuple[str, ...],
+    clues: Clues,
+    alarm: Alarm,
+    is_never_right: bool,
 ) -> Verdict:
     unknown = math.isnan(clues.truncation)
     advice: list[str] = []
@@ -232,6 +249,9 @@ def _healthy(
     if clues.forbids_stops:
         headline = "No collapse yet, but the teacher forbids the student's stops (cause A)."
         advice.append(_STOP_AS_EVENT)
+    if is_never_right:
+        headline += " But not one answer was graded correct."
+        advice.append(_TRY_THE_GRADER)
     if unknown:
         headline += " Truncation is not known."
         advice.append("Say how long rollouts may be: --max-new-tokens, with --tokenizer for text.")
@@ -269,6 +289,10 @@ _NEVER_STOPPED = (
 _STOP_AS_EVENT = (
     'Score stops as one event (objective.stop = "event"), or give both models the same stop ids; '
     "check with `stableopd doctor`."
+)
+_TRY_THE_GRADER = (
+    "Check data.grader and data.answer_marker: `stableopd doctor` grades the golden solutions and "
+    "the teacher's own answers."
 )
 _STABILISE = (
     "Train with golden solutions in each batch and a KL to the initial student: "

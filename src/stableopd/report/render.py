@@ -114,7 +114,7 @@ def badge_of(diagnosis: Diagnosis) -> Badge:
     if diagnosis.verdict.collapsed:
         return Badge("Collapse", "✕", "bad")
     if diagnosis.verdict.cause == "healthy":
-        return Badge("Healthy", "✓", "good")
+        return Badge("No collapse", "✓", "good")
     return Badge("Too little data", "?", "unsure")
 
 
