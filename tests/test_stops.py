@@ -279,7 +279,7 @@ def test_golden_lengths(over, level):
     assert f"the longest has {6 if over else 4}" in finding.message
 
 
-@pytest.mark.parametrize(("cut", "level"), [(0, "OK"), (2, "OK"), (3, "WARN"), (4, "WARN")])
+@pytest.mark.parametrize(("cut", "level"), [(0, "OK"), (1, "OK"), (2, "WARN"), (4, "WARN")])
 def test_truncation(cut, level):
     rollouts = (rollout(StopReason.LENGTH),) * cut + (rollout(StopReason.STOP),) * (4 - cut)
     finding = run(rollouts=rollouts)["truncation"]

@@ -214,10 +214,12 @@ def _folder(source: str, where: str, more: tuple[str, ...]) -> Path:
     """The folder that a source is, or its copy of the hub."""
     path = Path(source)
     try:
-        is_path = path.exists() or "\\" in source or source.startswith((".", "/", "~"))
+        is_path = (
+            path.exists() or bool({"\\", "\0"} & set(source)) or source.startswith((".", "/", "~"))
+        )
         is_path |= source.count("/") > 1 or ("/" in source and path.parent.exists())
     except (OSError, ValueError):  # a name that no file can have
-        is_path = True
+        raise _no_model(where, "config.json") from None
     if is_path:
         return path
     return _fetch(source, path, (*SMALL_FILES, *more), where)

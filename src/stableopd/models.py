@@ -38,6 +38,7 @@ __all__ = [
     "require_head",
     "require_same_tokenizer",
     "require_same_vocabulary",
+    "rounding_note",
     "save_tokenizer",
     "shared_vocabulary",
 ]
@@ -45,6 +46,9 @@ __all__ = [
 # Logits of the full model and of head(hidden) may differ by rounding alone.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 HEAD_TOLERANCE_HALF = 0.1
+
+# Design: below this share of weights that an update changes, rounding takes part of the training.
+MOVING_SHARE, ROUNDED = 0.9, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -403,6 +407,39 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel | None) -> 
         The smaller of the two heads' sizes.
     """
     return min(head_of(m.model).weight_VD.shape[0] for m in (student, teacher) if m is not None)
+
+
+@torch.no_grad()
+def rounding_note(model: Any, learning_rate: float) -> str:
+    """Say where rounding takes the updates of weights in half precision.
+
+    Adam moves each weight by about the learning rate. A weight w keeps its value where
+    round(w + rate) = w, which is looked at for up to a million weights of each tensor.
+
+    Args:
+        model: The student.
+        learning_rate: The largest one.
+
+    Returns:
+        A sentence with the share of weights that such a step changes; "" where nearly all do.
+    """
+    moved = total = 0.0
+    kinds = (torch.bfloat16, torch.float16)
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype in kinds:
+            flat = weight.detach().flatten()
+            part = flat[:: max(1, flat.numel() // ROUNDED)]
+            for step in (learning_rate, -learning_rate):
+                share = ((part.float() + step).to(part.dtype) != part).float().mean().item()
+                moved += share * flat.numel() / 2
+            total += flat.numel()
+    if not total or moved / total >= MOVING_SHARE:
+        return ""
+    return (
+        f"a step of optimizer.learning_rate = {learning_rate:g} changes {moved / total:.1%} of the "
+        f"student's weights, measured on them: the others are rounded back to what they were, as "
+        "student.dtype is a half precision."
+    )
 
 
 def add_lora(student: LanguageModel, rank: int, alpha: int, targets: str) -> LanguageModel:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
+from stableopd.data.vocabulary import encode_texts
 from stableopd.types import DataError, Prompt, Sequence
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def encode_after(text: str, completion: str, tokenizer: PreTrainedTokenizerBase)
     """
 
     def encode(part: str) -> tuple[int, ...]:
-        return tuple(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+        return tuple(encode_texts(tokenizer, [part], "a solution")[0])
 
     for before in (text, "\n"):
         ids = encode(before) if before else ()

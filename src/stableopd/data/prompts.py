@@ -24,6 +24,7 @@ from stableopd.data.messages import (
 )
 from stableopd.data.rows import Row, read_rows
 from stableopd.data.templates import is_templated, run_template
+from stableopd.data.vocabulary import encode_texts
 from stableopd.types import DataError, Message, Prompt
 
 if TYPE_CHECKING:
@@ -302,10 +303,11 @@ def encode_prompts(
     if not prompts:
         return []
     texts = [render(prompt, tokenizer, chat_template, template_kwargs) for prompt in prompts]
-    bare = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    first = f"prompts from {prompts[0].id} on"
+    bare = encode_texts(tokenizer, texts, first)
     encoded: list[tuple[int, ...]] = [tuple(ids) for ids in bare]
     if not is_templated(tokenizer, chat_template):
-        whole = tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
+        whole = encode_texts(tokenizer, texts, first, has_special=True)
         encoded = [
             _without_suffix(tuple(ids), inner) for ids, inner in zip(whole, encoded, strict=True)
         ]

@@ -1,16 +1,40 @@
-"""Texts whose tokens the models do not know."""
+"""Texts as token ids, and those whose tokens the models do not know."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from stableopd.model_files import guarded
 from stableopd.types import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["require_rows"]
+__all__ = ["encode_texts", "require_rows"]
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], where: str, has_special: bool = False
+) -> list[list[int]]:
+    """Token ids of texts.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: What to encode.
+        where: Names the texts, for messages.
+        has_special: Whether it puts its special tokens around them.
+
+    Returns:
+        A list of ids for each text.
+
+    Raises:
+        ModelError: The tokenizer fails, such as one without an unknown token.
+    """
+    if not texts:
+        return []
+    with guarded(where, "the tokenizer cannot encode it"):
+        return tokenizer(texts, add_special_tokens=has_special, verbose=False)["input_ids"]
 
 
 def require_rows(

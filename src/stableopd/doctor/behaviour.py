@@ -13,7 +13,7 @@ from stableopd.diagnostics.repetition import repetition_rate, repetitive_tokens
 from stableopd.diagnostics.truncation import truncation_rate
 from stableopd.doctor.patient import Check
 from stableopd.doctor.scoring import TokenScores, overlap_k
-from stableopd.rollout.stops import STOP_GAP_NATS, Finding, StopLogps, StopPlan
+from stableopd.rollout.stops import HIGH_TRUNCATION, STOP_GAP_NATS, Finding, StopLogps, StopPlan
 from stableopd.types import Rollout, StopReason
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 LOW_OVERLAP, HIGH_KL_NATS = 0.5, 0.5
 
 # Untuned: shares of a few rollouts that are more than an accident.
-HIGH_REPETITION, HIGH_REPETITIVE_SHARE, HIGH_TEACHER_TRUNCATION = 0.25, 0.5, 0.5
+HIGH_REPETITION, HIGH_REPETITIVE_SHARE = 0.25, 0.5
 
 # RepRate's tau grows with its window L from the demo's pair to the paper's, as a power of L.
 DEMO_PAIR, PAPER_PAIR = (64, 3.0), (10_000, 10.0)
@@ -225,7 +225,7 @@ def teacher_rollouts(
         f"tokens and {rate:.0%} repeat; mean length {numbers['mean_length']:.0f}, the student's "
         f"{mine:.0f}"
     )
-    if cut >= HIGH_TEACHER_TRUNCATION:
+    if cut >= HIGH_TRUNCATION:
         fix = "raise rollout.max_new_tokens, or use a teacher that writes shorter answers."
         message += ": who learns from it learns not to end"
     elif rate >= HIGH_REPETITION:

@@ -9,7 +9,9 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any
 
+from stableopd import models
 from stableopd.data.prompts import render
+from stableopd.data.vocabulary import encode_texts
 from stableopd.doctor import behaviour, lessons, loops, memory, tokens
 from stableopd.doctor.patient import Check, Patient
 from stableopd.doctor.scoring import TokenScores, choose_prompts, score_sequences
@@ -27,7 +29,8 @@ NUM_TEXTS = 16
 # The lines in this order.
 ORDER = (
     "tokenizers", "round trip", "vocabulary", "stop ids", "stop scoring", "stop log-probs",
-    "pad id", "chat tokens", "chat template", "sampling", "prompts", "context",
+    "pad id", "chat tokens", "chat template", "generation prompt", "text part", "precision",
+    "sampling", "prompts", "context",
     "golden solutions", "golden length", "right answers", "golden answers", "golden stop label",
     "golden ends",
     "rollouts", "truncation", "repetition", "RepRate window", "teacher rollouts",
@@ -139,10 +142,17 @@ def _tokens(patient: Patient, checks: list[tuple[str, Check]]) -> tuple[Language
     same = tokens.tokenizers(student, teacher, texts)
     checks.append(("tokenizers", same))
     own: list[Finding] = [tokens.sampling(student, patient.config)]
+    data, first = patient.config.data, patient.prompts[0]
+    setting, kwargs = data.chat_template, data.chat_template_kwargs
     if teacher is not None:
-        data = patient.config.data
-        setting, kwargs = data.chat_template, data.chat_template_kwargs
-        own.append(tokens.chat_templates(student, teacher, patient.prompts[0], setting, kwargs))
+        own.append(tokens.chat_templates(student, teacher, first, setting, kwargs))
+    opening = tokens.generation_prompt(student, first, setting, kwargs)
+    own += [opening] if opening else []
+    own += [Finding("WARN", "text part", note) for note in student.notes]
+    optimizer = patient.config.optimizer
+    if rounding := models.rounding_note(student.model, optimizer.learning_rate):
+        fix = "leave student.dtype at auto: float32 weights, and bfloat16 products on a GPU."
+        own.append(Finding("WARN", "precision", rounding, fix))
     checks.append(("", Check(tuple(own))))
     if same.numbers.get("num_differing_ids"):
         teacher = None
@@ -156,12 +166,7 @@ def _tokens(patient: Patient, checks: list[tuple[str, Check]]) -> tuple[Language
 def _used_ids(patient: Patient) -> set[int]:
     """Ids of prompts and solutions."""
     solutions = [p.solution for p in patient.prompts if p.solution and patient.has_data]
-    tokenizer = patient.student.tokenizer
-    encoded = (
-        tokenizer(solutions, add_special_tokens=False, verbose=False)["input_ids"]
-        if solutions
-        else []
-    )
+    encoded = encode_texts(patient.student.tokenizer, solutions, "the solutions")
     return {i for ids in (*patient.prompt_ids, *encoded) for i in ids}
 
 

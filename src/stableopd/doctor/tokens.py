@@ -8,21 +8,17 @@ from typing import Any
 
 from stableopd.config import Config
 from stableopd.data.prompts import render
+from stableopd.data.splits import PROBES, split_differently, why_split
+from stableopd.data.templates import is_templated, run_template
 from stableopd.doctor.patient import Check
 from stableopd.models import LanguageModel, head_of
 from stableopd.rollout.stops import Finding
 from stableopd.types import DataError, Prompt
 
-__all__ = ["chat_templates", "sampling", "tokenizers", "vocabulary"]
+__all__ = ["chat_templates", "generation_prompt", "sampling", "tokenizers", "vocabulary"]
 
-# Encoded beside the user's own texts: spaces, numbers, code, marks, other scripts.
-PROBES = (
-    "Hello, world!",
-    "x = 3.14 * (y + 2)\n\n\tif x > 10:\n        return None",
-    "  two  spaces, then 1234567890",
-    "Größe, naïve, 東京, Привет, 🙂",
-)
 MAX_TEXTS = 32
+ANSWER = "An answer."
 SHOWN_CHARS = 40
 
 
@@ -60,7 +56,7 @@ def tokenizers(student: LanguageModel, teacher: LanguageModel | None, texts: Man
         )
         fix = "use models that share one tokenizer: distillation compares token by token."
         return Check((Finding("FAIL", "tokenizers", message, fix), *findings), numbers)
-    split = [t for t in texts if _ids(student.tokenizer, t) != _ids(teacher.tokenizer, t)]
+    split = split_differently(student, teacher, texts)
     numbers |= {"num_texts": len(texts), "num_split_differently": len(split)}
     same = (
         f"{len(mine)} and {len(theirs)} tokens"
@@ -68,12 +64,11 @@ def tokenizers(student: LanguageModel, teacher: LanguageModel | None, texts: Man
         else f"{len(mine)} tokens"
     )
     if split:
+        why, fix = why_split(student, teacher, split[0])
         message = (
             f"every shared id means the same ({same}), but {len(split)} of {len(texts)} texts are "
-            f"split differently, such as {_shown(split[0])}: the teacher is not used to the "
-            "student's splits."
+            f"split differently, {why}."
         )
-        fix = "use the student's own tokenizer files with the teacher, or another pair."
         return Check((Finding("WARN", "tokenizers", message, fix), *findings), numbers)
     message = f"every id means the same to both ({same}), and {len(texts)} texts get the same ids."
     return Check((Finding("OK", "tokenizers", message), *findings), numbers)
@@ -167,10 +162,54 @@ def chat_templates(
     return Finding(
         "WARN",
         name,
-        f"the templates differ: prompts are written as {_shown(texts[0])}, where the teacher's own "
-        f"would write {_shown(texts[1])}.",
+        f"the templates differ: {_difference(*texts)}.",
         "use models with one chat format, or prompts that are written out with "
         'data.chat_template = "none".',
+    )
+
+
+def generation_prompt(
+    student: LanguageModel, prompt: Prompt, setting: str, kwargs: Mapping[str, Any]
+) -> Finding | None:
+    """Whether the template opens the answer that the student is to write.
+
+    Args:
+        student: The student.
+        prompt: One prompt.
+        setting: `data.chat_template`.
+        kwargs: `data.chat_template_kwargs`.
+
+    Returns:
+        WARN where it writes the same with and without a generation prompt, though an answer in a
+        conversation has a header; None where prompts go through no template.
+    """
+    name, tokenizer = "generation prompt", student.tokenizer
+    if not is_templated(tokenizer, setting):
+        return None
+    turns = prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1].content
+    asked = [{"role": "user", "content": turns}]
+    answered = [*asked, {"role": "assistant", "content": ANSWER}]
+    try:
+        opened, plain = (
+            run_template(tokenizer, asked, kwargs, "the first prompt", has) for has in (True, False)
+        )
+        whole = run_template(tokenizer, answered, kwargs, "the first prompt", False)
+    except DataError as error:
+        return Finding("WARN", name, f"not looked at: {error}", "look at the template.")
+    if opened != plain:
+        added = opened.removeprefix(plain)
+        return Finding("OK", name, f"prompts end with {_shown(added)}, where the answer begins.")
+    header = whole[len(opened) :].partition(ANSWER)[0] if whole.startswith(opened) else ""
+    if not header.strip():
+        return Finding("OK", name, "the template writes none, and its answers have no header.")
+    return Finding(
+        "WARN",
+        name,
+        "the template writes the same with and without add_generation_prompt: a prompt ends with "
+        f"{_end(opened)}, and in a conversation {_shown(header)} stands between it and the answer, "
+        "which the student would have to write itself.",
+        "set data.chat_template to a file with a template that writes it where "
+        "add_generation_prompt is set.",
     )
 
 
@@ -226,6 +265,21 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 def _template(model: LanguageModel) -> bool:
     return bool(model.tokenizer.chat_template)
+
+
+def _difference(mine: str, theirs: str) -> str:
+    """The place at which two texts part, with what each has there."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+        min(len(mine), len(theirs)),
+    )
+    parts = [_shown(text[same:]) if text[same:] else "the end" for text in (mine, theirs)]
+    before = f"behind {_end(mine[:same])} " if same else "at the beginning "
+    return f"{before}the student's has {parts[0]}, where the teacher's own has {parts[1]}"
+
+
+def _end(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_CHARS else "..." + text[-SHOWN_CHARS:])
 
 
 def _shown(text: str) -> str:

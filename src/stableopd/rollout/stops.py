@@ -30,8 +30,9 @@ STOP_GAP_NATS = 5.0
 # Design: a tenth of the golden solutions without a usable end is more than a few outliers.
 GOLDEN_SHARE = 0.1
 
-# Untuned: between the paper's stable phase (TruncRate about 0.5) and its collapse (above 0.95).
-HIGH_TRUNCATION = 0.75
+# Untuned: from the rate of the paper's stable phase on; its collapse is above 0.95. One rule for
+# the rollouts of student and teacher.
+HIGH_TRUNCATION = 0.5
 
 # Named in a message before it says how many more there are.
 MAX_NAMED = 5

@@ -21,6 +21,7 @@ from stableopd import config as configuration
 from stableopd import models
 from stableopd.config import Config, ObjectiveConfig
 from stableopd.config_checks import RAISING
+from stableopd.data.splits import PROBES, split_differently, why_split
 from stableopd.data.vocabulary import require_rows
 from stableopd.models import LanguageModel
 from stableopd.rollout.stops import StopPlan, plan_stops, stop_ids_of
@@ -227,7 +228,7 @@ def _read(config: Config, resume: bool, allowed: Sequence[str], layout: Layout) 
     for problems in (train, held_out):
         if problems is not None:
             require_rows(problems.named_texts(), student.tokenizer, num_tokens)
-    notes += student.notes
+    notes += [*student.notes, *_model_notes(config, loaded, train)]
     inputs: dict[str, str] = {}
     if layout.ranks.is_main:
         inputs = inputs_of(train, held_out, loaded.sums, stops.teacher_ids)
@@ -236,6 +237,25 @@ def _read(config: Config, resume: bool, allowed: Sequence[str], layout: Layout) 
     if teacher.served is not None:
         notes += self_test(teacher.served, student.tokenizer, train.prompt_ids)
     return _Read(past, loaded, teacher, num_tokens, stops, train, held_out, inputs, notes)
+
+
+def _model_notes(config: Config, loaded: Models, train: Problems) -> list[str]:
+    """What of the models will do harm, though nothing is wrong with each of them."""
+    student, teacher = loaded.student, loaded.teacher
+    notes: list[str] = []
+    if rounding := models.rounding_note(student.model, config.optimizer.learning_rate):
+        notes.append(f"{rounding} Leave student.dtype at auto (float32 weights).")
+    if teacher is not None:
+        some = train.prompts[:16]
+        own = [p.prompt for p in some if isinstance(p.prompt, str)]
+        own += [p.solution for p in some if p.solution]
+        if split := split_differently(student, teacher, [*own, *PROBES]):
+            why, fix = why_split(student, teacher, split[0])
+            notes.append(
+                f"{len(split)} of {len(own) + len(PROBES)} texts are split differently by the "
+                f"tokenizers of student and teacher, {why}; {fix}"
+            )
+    return notes
 
 
 def _facts(config: Config, read: _Read) -> dict[str, Any]:
