@@ -59,7 +59,8 @@ def damage(dump: Dump) -> list[str]:
             f"{dump.shared_steps:,}. If these are several runs, diagnose them one at a time."
         )
     if dump.left_out:
-        files = ", ".join(file.name for file in dump.left_out[:SHOWN_PROBLEMS])
-        more = ", ..." if len(dump.left_out) > SHOWN_PROBLEMS else ""
-        said.append(f"Files that were passed over: {files}{more}.")
+        names = list(dict.fromkeys(file.name for file in dump.left_out))
+        files = ", ".join(names[:SHOWN_PROBLEMS])
+        more = ", ..." if len(names) > SHOWN_PROBLEMS else ""
+        said.append(f"Files that were passed over: {len(dump.left_out):,} ({files}{more}).")
     return said

@@ -124,7 +124,7 @@ def read_rows(
         on_bytes: Is told, now and then, how many bytes more of the file were read; the numbers
             add up to the file's size.
         columns: Of a parquet file, the columns to read; None reads all but bytes.
-        most_bytes: Reading stops after the line with which so many bytes were read.
+        most_bytes: Reading stops after the line, or rows, with which so many bytes were read.
 
     Yields:
         The line (row) number from 1, and the columns or, for a damaged line, what is wrong.
@@ -146,7 +146,7 @@ def read_rows(
         return
     with looking_at(path), path.open("rb") as raw:
         if path.name.endswith(".parquet"):
-            yield from _parquet_rows(raw, path, on_bytes, columns)
+            yield from _parquet_rows(raw, path, on_bytes, columns, most_bytes)
         else:
             yield from _line_rows(cast(BinaryIO, raw), path, on_bytes, most_bytes)
 
@@ -217,11 +217,15 @@ def _parse(line: bytes, number: int) -> dict[str, Any] | str:
 
 
 def _parquet_rows(
-    raw: Any, path: Path, on_bytes: Callable[[int], None], columns: Collection[str] | None
+    raw: Any,
+    path: Path,
+    on_bytes: Callable[[int], None],
+    columns: Collection[str] | None,
+    most_bytes: int | None,
 ) -> Iterator[RawRow]:
     import pyarrow.parquet as parquet
 
-    size, told, number = os.fstat(raw.fileno()).st_size, 0, 0
+    size, told, number, taken = os.fstat(raw.fileno()).st_size, 0, 0, 0
     total = 0
     is_open = False
     try:
@@ -238,7 +242,9 @@ def _parquet_rows(
                         yield number, row
                     place = size * number // max(total, number)
                     on_bytes(place - told)
-                    told = place
+                    told, taken = place, taken + batch.nbytes
+                    if most_bytes is not None and taken >= most_bytes:
+                        return
     except PARQUET_ERRORS as error:
         reason = f"not readable as parquet from here on ({_first_line(error)})"
         yield number + 1, Break(reason, max(total - number, 0) if is_open else None)
