@@ -354,6 +354,14 @@ def test_lengths_are_checked_at_the_exact_bounds(make_tokenizer):
         encode_prompts([Prompt("none", "")], make_tokenizer(), "auto", 4, 10, 6)
 
 
+def test_a_date_that_python_cannot_hold_is_one_line(tmp_path):
+    dates = pyarrow.array([2**60], type=pyarrow.timestamp("ms"))
+    table = pyarrow.table({"prompt": ["a"], "date": dates})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: not a readable parquet file"):
+        load(tmp_path / "d.parquet")
+
+
 def test_all_prompts_that_are_too_long_are_counted(make_tokenizer):
     prompts = [Prompt(f"p{i}", "1" * i) for i in range(1, 12)]
     with pytest.raises(DataError) as caught:

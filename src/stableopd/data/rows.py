@@ -115,8 +115,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(
             f"{path}, after row {number}: text that is not valid UTF-8; write it as UTF-8."
         ) from None
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file ({one_line(error)}).") from None
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        # The latter two come of values that Python cannot hold, such as dates after its last year.
+        where = f"{path}, after row {number}" if number else f"{path}"
+        raise DataError(f"{where}: not a readable parquet file ({one_line(error)}).") from None
 
 
 def _folder_rows(path: Path, split: str) -> Iterator[Row]:
