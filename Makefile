@@ -5,11 +5,12 @@ PY    := $(VENV)/bin/python
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-recipes test-slow verl vllm lint types format bench gpu-wheels gpu-check reproduce smollm2 wheel clean
+.PHONY: help demo test test-numerical test-recipes test-newest test-oldest test-slow verl vllm lint types format bench gpu-wheels gpu-check reproduce smollm2 wheel clean
 
 help:
 	@echo "make demo    OPD collapses, StableOPD does not: both, live, in a minute or two"
 	@echo "make test    the tests;  make lint, make types: the other checks;  make test-recipes: the scripts of recipes and benchmarks"
+	@echo "make test-numerical   the tests that compare numbers, without AVX;  make test-newest, make test-oldest: with other versions"
 	@echo "make verl    the tests inside verl, in an environment of their own (.venv-verl, 2 GB)"
 	@echo "make vllm    the tests with real vLLM servers, from an environment of their own (.venv-vllm, 4 GB)"
 	@echo "make bench   the benchmarks beside TRL, in .venv-bench: an hour;  make smollm2: the recipe with a real language model"
@@ -33,6 +34,29 @@ demo: $(VENV)/.base
 # One thread a process: two cores give two processes more than they give one of two threads.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not recipe and not slow and not verl and not vllm" $(TEST_FLAGS)
+
+# Rounding differs between processors: here without AVX, in `make test` with the best that there is.
+test-numerical: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal \
+	    -m "numerical and not recipe and not slow" $(TEST_FLAGS)
+
+# The newest and the oldest packages that pyproject.toml allows (with CUDA, where torch brings it: 6 GB each).
+EXTRAS     := .[peft,gguf,tensorboard,trl]
+TESTERS    := build hatchling hypothesis pytest pytest-timeout pytest-xdist ruff scipy
+OTHER_PIP   = .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check
+OTHER_TORCH = $(OTHER_PIP) --upgrade $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+.venv-newest/.done .venv-oldest/.done: .venv-%/.done: requirements/oldest.txt pyproject.toml
+	test -x .venv-$*/bin/python || python3 -m venv .venv-$*
+	$(OTHER_TORCH) "$$(.venv-$*/bin/python tests/version_ranges.py torch $*)"
+	$(if $(filter oldest,$*),$(OTHER_PIP) -r requirements/oldest.txt)
+	$(if $(filter oldest,$*),$(OTHER_PIP) --no-deps --editable .)
+	$(if $(filter newest,$*),$(OTHER_PIP) --upgrade --upgrade-strategy eager --editable '$(EXTRAS)' $(TESTERS))
+	touch $@
+
+test-newest test-oldest: test-%: .venv-%/.done
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 --dist worksteal \
+	    -m "not recipe and not slow and not verl and not vllm" $(TEST_FLAGS)
 
 # The scripts of recipes/ and benchmarks/, each in its smallest form.
 test-recipes: $(VENV)/.dev
@@ -141,5 +165,5 @@ wheel: $(VENV)/.dev
 	$(PY) -m build --wheel --outdir dist
 
 clean:
-	rm -rf $(VENV) .venv-verl .venv-vllm .venv-bench dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-verl .venv-vllm .venv-bench .venv-newest .venv-oldest dist build .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,10 +12,16 @@ import typing
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
+import conftest
+import version_ranges
 from stableopd import config
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 SRC = ROOT / "src" / "stableopd"
 FILES = sorted(SRC.rglob("*.py"))
 
@@ -257,3 +263,18 @@ def test_every_metric_is_documented() -> None:
                     written.add(node.value)
     assert len(written) > 15
     assert written <= documented_metrics(), sorted(written - documented_metrics())
+
+
+def test_the_numerical_files_are_there() -> None:
+    assert {f"{name}.py" for name in conftest.NUMERICAL} <= {
+        f.name for f in TESTS.glob("test_*.py")
+    }
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    lines = (ROOT / "requirements" / "oldest.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if line and line[0] != "#"]
+    oldest = {canonicalize_name(pin.name): Version(str(pin.specifier)[2:]) for pin in pinned}
+    for name, allowed in version_ranges.ranges().items():
+        lowest = Version(allowed.split(",")[0].removeprefix(version_ranges.LOWEST))
+        assert oldest[canonicalize_name(name)] == lowest, name
