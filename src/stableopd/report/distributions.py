@@ -97,7 +97,7 @@ def length_figure(summary: Summary, theme: Theme) -> Figure:
     bar = {"align": "edge", "edgecolor": theme.page, "linewidth": 0.3}
     ax.bar(starts, whole, widths, color=theme.arms[1], **bar)
     if histogram.truncated.any():
-        bar |= {"bottom": whole, "hatch": "////", "hatchcolor": theme.page}
+        bar |= {"bottom": whole, "hatch": "////"}  # in the colour of the edge
         ax.bar(starts, histogram.truncated, widths, color=theme.arms[0], **bar)
     if summary.budget is not None:
         ax.axvline(summary.budget, color=theme.ink, linewidth=1, linestyle=(0, (4, 2)), zorder=3)
