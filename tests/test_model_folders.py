@@ -156,6 +156,18 @@ class TestAdapters:
         refused(adapter)
 
 
+def test_a_teacher_that_is_not_there_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    world = tiny.make_world(tmp_path / "w")
+    monkeypatch.setattr(models, "load", None)  # a call would be a traceback
+    for where in ("nowhere", "student"):
+        (world / "nowhere").mkdir(exist_ok=True)
+        (world / "student" / "model.safetensors").unlink(missing_ok=True)
+        config = tiny.write_config(world, teacher={"model": str(world / where)})
+        code, _, err = tiny.run_cli("train", config)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "teacher.model" in err
+
+
 class TestPickles:
     def test_an_index_that_names_one(self, folder, tmp_path):
         class Evil:

@@ -47,6 +47,8 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not be in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
+    # transformers fetches code for some layers from the hub, where the package kernels is there.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     try:
         app(args=with_template_value(sys.argv[1:]))
     except StableOPDError as error:

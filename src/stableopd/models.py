@@ -116,9 +116,10 @@ def _load(files: ModelFiles, where: str, dtype: torch.dtype, gguf_file: str = ""
     if isinstance(files.config.get("text_config"), dict) and (
         model.config.model_type != files.config.get("model_type")
     ):
-        names = files.config.get("architectures") or ["a model of images and text"]
+        names = files.config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else "a model of images and text"
         notes = (
-            f"{files.source} is {names[0]}: only its text part, {type(model).__name__}, is used, "
+            f"{files.source} is {name}: only its text part, {type(model).__name__}, is used, "
             "and a checkpoint of it holds no other part.",
         )
     with guarded(where):

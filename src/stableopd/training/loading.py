@@ -19,6 +19,7 @@ from stableopd import embedded, models
 from stableopd.config import Config, ObjectiveConfig
 from stableopd.config_templates import read_template
 from stableopd.data.templates import give_template
+from stableopd.model_files import find_files
 from stableopd.models import LanguageModel
 from stableopd.training.checkpoint import load_adapter
 from stableopd.training.devices import Layout, dtype_of
@@ -72,6 +73,9 @@ def load_models(
     o, s, t = config.objective, config.student, config.teacher
     read_template(config.data.chat_template)  # refused before weights are read
     source = _source(s.model, "student")
+    has_teacher = needs_teacher(o) and not t.url
+    if has_teacher:
+        find_files(_source(t.model, "teacher"), f"teacher.model = {t.model!r}", t.gguf_file)
     device = torch.device("cpu") if layout.ranks.shards else layout.device
     dtype = dtype_of(s.dtype, "student", layout.device)
     initial: dict[str, Tensor] = {}
@@ -103,7 +107,7 @@ def load_models(
     if s.gradient_checkpointing:
         checkpoint_gradients(student.model)
     teacher = reference = None
-    if needs_teacher(o) and not t.url:
+    if has_teacher:
         teacher = models.load(
             _source(t.model, "teacher"),
             role="teacher",
