@@ -35,15 +35,16 @@ def event(step, **fields):
 
 HOLDER = """
 import sys, time
+from pathlib import Path
 from stableopd.runfolder import RunFolder
-RunFolder.open(sys.argv[1]).lock()
+RunFolder(Path(sys.argv[1])).lock()
 print("held", flush=True)
 time.sleep(60)
 """
 
 
 def held_by_another(path):
-    """A process that holds the lock of a run folder."""
+    """A process that holds the lock of a folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)],
         stdout=subprocess.PIPE,

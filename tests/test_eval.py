@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -12,15 +13,20 @@ import time
 from pathlib import Path
 from statistics import fmean, stdev
 
+import peft
 import pytest
 import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import runfolder_parts
 import tiny
 from stableopd import embedded
 from stableopd.data.grading import judge
+from stableopd.evaluate.loading import load_model
 from stableopd.evaluate.measure import summarise
+from stableopd.rollout.stops import stop_ids_of
+from stableopd.runfolder import RunFolder
 
 BASIC = ("eval", "--model", "embedded", "--data", "embedded", "--max-new-tokens", 40)
 
@@ -264,7 +270,7 @@ def test_an_adapter_is_evaluated_as_its_merged_model(tmp_path):
         (("--grader", "guess"), "--grader guess: choose from auto, math, exact"),
         (("--top-p", 0), "--top-p 0.0"),
         (("--time-limit", "nan"), "--time-limit nan"),
-        (("--max-new-tokens", 500), "lower --max-new-tokens"),
+        (("--max-new-tokens", 500), "lower max_new_tokens"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
         (("--model", "./nowhere"), "not a model folder"),
     ],
@@ -284,3 +290,131 @@ def test_problems_without_answers_are_refused(tmp_path):
     tiny.write_rows(tmp_path / "p.jsonl", [{"prompt": "1+1:"}])
     said = refused(tmp_path / "e", "--data", tmp_path / "p.jsonl")
     assert "no column 'answer'" in said
+
+
+SHORT = ("--data", "p.jsonl", "--grader", "exact", "--answer-marker", ";#", "--max-new-tokens", 8)
+
+
+@pytest.fixture
+def short(tmp_path):
+    """Four problems and a model folder of one's own: the folder of the evaluation, its command."""
+    rows = [{"prompt": f"{a}+1=", "answer": str(a + 1)} for a in range(4)]
+    tiny.write_rows(tmp_path / "p.jsonl", rows)
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tiny.save_model(tmp_path / "model", tiny.make_llama(), tokenizer)
+    basic = ("eval", "--model", tmp_path / "model", "--data", tmp_path / "p.jsonl", *SHORT[2:])
+    run(tmp_path / "e", "--batch-size", 2, basic=basic)
+    return tmp_path / "e", (*basic, "--batch-size", 2)
+
+
+def changed_template(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "0{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+
+
+def changed_stop(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = [tiny.EOS, tiny.END]
+    model.save_pretrained(folder)
+
+
+def changed_context(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    settings["rms_norm_eps"] = 0.1
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "killed"])
+@pytest.mark.parametrize("change", [changed_template, changed_stop, changed_context])
+def test_stale_answers_are_never_shown_as_new(short, change, is_cut):
+    folder, basic = short
+    if is_cut:
+        lines = (folder / "p.jsonl").read_text().splitlines(keepends=True)
+        (folder / "p.jsonl").write_text("".join(lines[:2]))
+    before = tiny.files_in(folder)
+    change(folder.parent / "model")
+    assert str(folder) in refused(folder, basic=basic)
+    assert tiny.files_in(folder) == before
+
+
+def test_an_evaluation_of_an_earlier_version_is_refused(short):
+    folder, basic = short
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**settings, "format": 1}))
+    assert "--output" in refused(folder, basic=basic)
+
+
+def test_a_kill_in_the_first_write_leaves_a_folder_that_goes_on(short):
+    folder, basic = short
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / ".settings.json.tmp").write_text("{")
+    (folder / ".lock").touch()
+    run(folder, basic=basic)
+    assert not (folder / ".lock").exists()
+    assert len(rows_of(folder, "p")) == 4
+
+
+@pytest.mark.parametrize("damage", ["doubled", "swapped", "typed", "counted"])
+def test_rows_that_two_processes_left_name_the_cure(short, damage):
+    folder, basic = short
+    lines = (folder / "p.jsonl").read_text().splitlines(keepends=True)
+    lines = {
+        "doubled": [*lines, *lines[:2]],
+        "swapped": [lines[1], lines[0], *lines[2:]],
+        "typed": [lines[0].replace('"lengths": [', '"lengths": ["'), *lines[1:]],
+        "counted": [json.dumps({**json.loads(lines[0]), "num_correct": 7}) + "\n", *lines[1:]],
+    }[damage]
+    (folder / "p.jsonl").write_text("".join(lines))
+    assert "p.jsonl" in refused(folder, basic=basic)
+    (folder / "p.jsonl").unlink()
+    run(folder, basic=basic)
+
+
+def test_one_evaluation_at_a_time(short):
+    folder, basic = short
+    before = tiny.files_in(folder)
+    with runfolder_parts.held_by_another(folder) as other:
+        assert str(folder) in refused(folder, basic=basic)
+        other.kill()
+    (folder / ".lock").unlink()
+    assert tiny.files_in(folder) == before
+
+
+def test_a_run_is_no_model_and_its_newest_checkpoint_is_named(tmp_path):
+    made = RunFolder.create(tmp_path / "run", "", {})
+    for step in (5, 10):
+        runfolder_parts.fill(made, step)
+    basic = ("eval", "--model", tmp_path / "run", "--data", "embedded")
+    assert str(tmp_path / "run" / "checkpoints" / "000010") in refused(tmp_path / "e", basic=basic)
+
+
+def test_more_answers_than_can_be_held(tmp_path):
+    assert "-k" in refused(tmp_path / "e", "-k", 10**12)
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_name_that_no_file_system_takes(tmp_path):
+    assert "too long" in refused(tmp_path / ("x" * 300), "--max-problems", 1)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_stops_where_its_run_did_and_its_scale_decides(tmp_path):
+    base = tiny.save_model(tmp_path / "base", tiny.make_llama())
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        peft.LoraConfig(
+            r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+        ),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    stops = {"eos_token_id": [tiny.EOS, tiny.END]}
+    (tmp_path / "adapter" / "generation_config.json").write_text(json.dumps(stops))
+    load = functools.partial(load_model, gguf_file="", dtype=torch.float32, device=tiny.CPU)
+    model, weights = load(str(tmp_path / "adapter"), role="eval")
+    assert stop_ids_of(model.model, model.tokenizer) == (tiny.EOS, tiny.END)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 64}))
+    assert load(str(tmp_path / "adapter"), role="eval")[1] != weights

@@ -6,12 +6,15 @@ import pytest
 
 from fault_server import said, serving
 from served_parts import vllm_like
+from stableopd.offline.source import LocalJudge
 from tiny import (
     EOS,
+    files_in,
     make_llama,
     make_tokenizer,
     make_world,
     run_cli,
+    save_model,
     write_config,
     write_rows,
 )
@@ -325,3 +328,82 @@ def test_a_file_of_something_else_is_not_overwritten(world, tmp_path):
     assert code == 2
     assert "was not made by this command" in err
     assert file.read_text() == "precious\n"
+
+
+def test_score_goes_on_at_a_group(world, tmp_path, monkeypatch):
+    """What is computed together decides the last digits: a killed group is scored again."""
+    monkeypatch.setattr("stableopd.offline.score.GROUP", 6)
+    judged = []
+    judge = LocalJudge.judge
+
+    def seen(self, items):
+        judged.append(len(items))
+        return judge(self, items)
+
+    monkeypatch.setattr(LocalJudge, "judge", seen)
+    output, options = tmp_path / "s.jsonl", ("--model", world / "teacher", "--batch-tokens", 64)
+    assert score(world, output, *options)[0] == 0
+    assert judged == [6, 6, 4]
+    whole = output.read_bytes()
+    for num, left in ((0, [6, 6, 4]), (5, [6, 6, 4]), (7, [6, 4]), (15, [4]), (16, [])):
+        judged.clear()
+        output.write_bytes(b"".join(whole.splitlines(keepends=True)[:num]))
+        assert score(world, output, *options)[0] == 0
+        assert judged == left
+        assert output.read_bytes() == whole
+    code, _, err = score(world, output, "--model", world / "teacher", "--batch-tokens", 128)
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_scores_that_two_processes_left_name_the_cure(world, tmp_path):
+    output, options = tmp_path / "s.jsonl", ("--model", world / "teacher")
+    assert score(world, output, *options)[0] == 0
+    whole = output.read_bytes()
+    for damaged in (whole * 2, whole.replace(b"teacher_logprobs", b"teacher", 1)):
+        output.write_bytes(damaged)
+        code, _, err = score(world, output, *options)
+        assert (code, err.count("\n")) == (2, 1)
+        assert str(output) in err
+        assert "remove" in err
+        assert output.read_bytes() == damaged
+
+
+def test_golden_holds_its_file_and_knows_its_own(world, tmp_path, monkeypatch):
+    output, options = tmp_path / "g.jsonl", ("--model", world / "teacher")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    # Before the first attempt: an empty file, which is its own.
+    with monkeypatch.context() as patch:
+        patch.setattr("stableopd.offline.golden._LocalWriter.write", interrupted)
+        assert golden(world, output, *options)[0] == 130
+    assert not (tmp_path / "g.jsonl.attempts.jsonl").exists()
+    code, _, err = golden(world, output, *options)
+    assert code == 0, err
+    before = files_in(tmp_path)
+    assert not any(name.endswith(".lock") for name in before)
+    attempts = tmp_path / "g.jsonl.attempts.jsonl"
+    first, second, *rest = attempts.read_bytes().splitlines(keepends=True)
+    for damaged in ([second, first, *rest], [first] * 21, [b'{"id": 1}\n']):
+        attempts.write_bytes(b"".join(damaged))
+        code, _, err = golden(world, output, *options)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "remove" in err
+        assert output.read_bytes() == before["g.jsonl"]
+    assert golden(world, tmp_path / "h.jsonl", *options, "-k", 10**12)[0] == 2
+    assert golden(world, tmp_path / ("x" * 300), *options)[0] == 2
+
+
+def test_a_template_that_changed_is_another_file(world, tmp_path):
+    """Of `golden`, and of `score` for texts."""
+    texts = write_rows(tmp_path / "t.jsonl", [{"prompt": "1+1=", "completion": "2"}])
+    model = save_model(tmp_path / "m", make_llama())
+    scored = ("score", "--rollouts", texts, "--output", tmp_path / "s.jsonl", "--model", model)
+    assert golden(world, tmp_path / "g.jsonl", "--model", model)[0] == 0
+    assert run_cli(*scored)[0] == 0
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "0{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(model)
+    for code, _, err in (golden(world, tmp_path / "g.jsonl", "--model", model), run_cli(*scored)):
+        assert (code, err.count("\n")) == (2, 1)

@@ -76,6 +76,7 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
     budget = settings.max_new_tokens or _budget(encoded, model)
     for name, of in sets.items():
         refuse_long(of.prompts, encoded[name], 10**9, model.context, budget, f"{name}: ")
+    ids = stop_ids_of(model.model, model.tokenizer)
     asked = dataclasses.asdict(settings)
     template = {name: asked[name] for name in ("chat_template", "chat_template_kwargs")}
     decided = {
@@ -84,30 +85,35 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
         "max_new_tokens": budget,
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights,
+        "stop_ids": list(ids),
     }
     told = {
         name: {
             "source": of.source,
             "num_problems": len(of.prompts),
             "problems": fingerprint(of.prompts),
+            "prompt_ids": fingerprint(encoded[name]),
             "grader": of.grader[0],
         }
         for name, of in sets.items()
     }
-    store = Store(output, decided, told)
-    _try_graders(store, sets, console)
-    ids = stop_ids_of(model.model, model.tokenizer)
     sampler = TransformersSampler(
         model.model, model.tokenizer, ids, vocabulary, settings.batch_size
     )
+    store = Store(output, decided, told)
     try:
+        if store.note:
+            console.print(store.note, highlight=False, markup=False)
+        _try_graders(store, sets, console)
         for name, of in sets.items():
             _answer_all(store, name, of, encoded[name], sampler, settings, budget, console)
+        summary = _summary(store, settings, decided)
+        store.write_summary(summary)
     except KeyboardInterrupt:
         print(f"Interrupted; what was answered is in {output}. The same command goes on.")
         return 130
-    summary = _summary(store, settings, decided)
-    store.write_summary(summary)
+    finally:
+        store.close()
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
@@ -168,7 +174,9 @@ def _answer_all(
 ) -> None:
     """Answer the problems of a data set that have no row yet."""
     total, together = len(of.prompts), num_together(settings)
-    num_rows = len(store.rows(name))
+    rows = store.rows(name)
+    store.require_order(name, rows, of.prompts)
+    num_rows = len(rows)
     if num_rows >= total:
         return
     done = num_rows - num_rows % together  # problems that are drawn together are written together

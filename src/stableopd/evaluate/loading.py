@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
 
 from stableopd import embedded, models
 from stableopd.evaluate.store import fingerprint
 from stableopd.models import LanguageModel
+from stableopd.runfolder import newest_checkpoint
+from stableopd.types import ModelError
 
 __all__ = ["load_model"]
 
@@ -35,6 +39,12 @@ def load_model(
     """
     name = EMBEDDED.get(source)
     transformers.logging.set_verbosity_error()
+    checkpoint = None if name else newest_checkpoint(Path(source))
+    if checkpoint is not None:
+        raise ModelError(
+            f"{source} is the folder of a run, not a model's; its newest checkpoint is "
+            f"{checkpoint}."
+        )
     model = models.load(
         str(embedded.path(name)) if name else source,
         role=role,
@@ -46,7 +56,9 @@ def load_model(
 
 
 def _fingerprint(model: LanguageModel) -> str:
-    kinds = ("*.safetensors", "*.gguf")
-    return fingerprint(
-        [path for f in model.folders for path in sorted(p for kind in kinds for p in f.glob(kind))]
+    """What changes when weights, an adapter's scale, or the shape of the model do."""
+    weights = sorted(
+        p for f in model.folders for kind in ("*.safetensors", "*.gguf") for p in f.glob(kind)
     )
+    settings = [f / name for f in model.folders for name in ("config.json", "adapter_config.json")]
+    return fingerprint([*weights, *(path for path in settings if path.is_file())])

@@ -11,10 +11,13 @@ from typing import Any
 from stableopd.config_checks import DTYPES
 from stableopd.types import ConfigError
 
-__all__ = ["Settings", "check", "names_of"]
+__all__ = ["MAX_SAMPLES", "Settings", "check", "names_of"]
 
 # Where the user gives no budget: what the context leaves, and at most this (design).
 MAX_NEW_TOKENS = 4096
+
+# Design: all answers to a problem are held at once, and pass@k needs no more.
+MAX_SAMPLES = 65_536
 
 CHOICES = {
     "--grader": ("auto", "math", "exact"),
@@ -99,6 +102,8 @@ def check(settings: Settings) -> None:
     ):
         if not (math.isfinite(value) and value >= least):
             raise ConfigError(f"{option} {value}: give a number from {least:g} on.")
+    if settings.num_samples > MAX_SAMPLES:
+        raise ConfigError(f"-k {settings.num_samples}: at most {MAX_SAMPLES} answers each.")
     if not 0 < settings.top_p <= 1:
         raise ConfigError(f"--top-p {settings.top_p}: give a number above 0 and up to 1.")
     if not settings.temperature and settings.num_samples > 1:

@@ -26,12 +26,13 @@ from stableopd.data.templates import give_template
 from stableopd.data.thoughts import join_thought
 from stableopd.data.vocabulary import require_rows
 from stableopd.endpoint import AnswerError, answer_bytes, at, listed, table, words
+from stableopd.evaluate.settings import MAX_SAMPLES
 from stableopd.evaluate.store import fingerprint
 from stableopd.models import LanguageModel, shared_vocabulary
-from stableopd.offline.journal import Journal
+from stableopd.offline.journal import Journal, settings_of
 from stableopd.offline.source import Opened, Source, open_source
 from stableopd.rollout.sampler import TransformersSampler
-from stableopd.runfolder.files import json_line, write_bytes
+from stableopd.runfolder.files import json_line, write_bytes, writing
 from stableopd.training.answer_checks import failing_answers
 from stableopd.types import (
     ConfigError,
@@ -94,6 +95,7 @@ class Answer(NamedTuple):
 
 class _Writer(Protocol):
     num_together: int
+    prompt_ids: Sequence[tuple[int, ...]]  # where they are made here
 
     def write(self, prompts: Sequence[Prompt], asked: Asked, start: int) -> list[list[Answer]]: ...
 
@@ -127,37 +129,34 @@ def run_golden(source: Source, data: str, output: Path, asked: Asked) -> int:
     teacher = open_source(source, "golden")
     if asked.is_verified and (found := failing_answers(prompts, grader)).failing:
         Console(stderr=True).print(f"{data}: {found}.", highlight=False, markup=False)
+    writer = _writer(teacher, prompts, asked, source.max_in_flight)
     settings = {
         "command": "golden",
         "teacher": teacher.name,
         "weights": teacher.weights,
         "stop_ids": list(teacher.stop_ids or ()),
         "prompts": fingerprint(prompts),
+        "prompt_ids": fingerprint(writer.prompt_ids),
         **{k: v for k, v in asdict(asked).items() if not k.startswith("chat_template")},
         **told_template(asked.chat_template, asked.chat_template_kwargs),
     }
     attempts = output.with_name(f"{output.name}.attempts.jsonl")
-    if output.exists() and not attempts.exists():
+    with writing(output):
+        # An error before the first attempt leaves an empty file and what says that it is ours.
+        is_ours = attempts.exists() or settings_of(attempts).exists() or not output.exists()
+    if not is_ours:
         raise RunFolderError(
             f"{output} is there and was not made by this command ({attempts.name} is missing); "
             "choose another --output."
         )
-    journal = Journal(attempts, settings)
-    writer: _Writer
-    if teacher.local is not None:
-        give_template(teacher.local.tokenizer, asked.chat_template)
-        writer = _LocalWriter(teacher.local, teacher.stop_ids or (), asked)
-    else:
-        if teacher.tokenizer is not None:
-            give_template(teacher.tokenizer, asked.chat_template)
-        writer = _ServedWriter(teacher, source.max_in_flight)
+    journal = Journal(attempts, settings, _as_attempt)
     try:
-        _write_all(journal, writer, prompts, asked, grader)
+        kept = _write_all(output, journal, writer, prompts, asked, grader)
     except KeyboardInterrupt:
         print("Interrupted; what was written is kept. The same command goes on.")
         return 130
     finally:
-        kept = _publish(output, journal, prompts)
+        journal.close()
     what = "ended with a stop and was right" if asked.is_verified else "ended with a stop"
     others = f"; for the others no answer of {asked.num_samples} {what}"
     if num_empty := sum(row.get("num_empty", 0) for row in journal.rows()):
@@ -170,6 +169,8 @@ def run_golden(source: Source, data: str, output: Path, asked: Asked) -> int:
 def _check(asked: Asked) -> None:
     if asked.grader not in ("auto", "math", "exact"):
         raise ConfigError(f"--grader {asked.grader}: choose from auto, math, exact.")
+    if asked.num_samples > MAX_SAMPLES:
+        raise ConfigError(f"-k {asked.num_samples}: at most {MAX_SAMPLES} answers each.")
     if not 0 <= asked.temperature <= 100:
         raise ConfigError(f"--temperature {asked.temperature}: give a number from 0 on.")
     if not 0 < asked.top_p <= 1:
@@ -181,23 +182,54 @@ def _check(asked: Asked) -> None:
         )
 
 
+def _writer(
+    teacher: Opened, prompts: Sequence[Prompt], asked: Asked, max_in_flight: int
+) -> _Writer:
+    if teacher.local is None:
+        if teacher.tokenizer is not None:
+            give_template(teacher.tokenizer, asked.chat_template)
+        return _ServedWriter(teacher, max_in_flight)
+    give_template(teacher.local.tokenizer, asked.chat_template)
+    return _LocalWriter(teacher.local, teacher.stop_ids or (), asked, prompts)
+
+
 def _write_all(
+    output: Path,
     journal: Journal,
     writer: _Writer,
     prompts: Sequence[Prompt],
     asked: Asked,
     grader: tuple[str, str],
-) -> None:
-    num_rows, together = len(journal.rows()), writer.num_together
-    done = num_rows if num_rows >= len(prompts) else num_rows - num_rows % together
-    if done != num_rows:
-        journal.keep(done)  # what is drawn together is written together
+) -> int:
+    """Answer the prompts that are left, and make the output; how many have a solution."""
+    together = writer.num_together  # what is drawn together is written together
+    done = journal.num_done(len(prompts), together)
+    for row, prompt in zip(journal.rows(), prompts, strict=False):
+        if row["id"] != prompt.id:
+            raise RunFolderError(
+                f"{journal.path}: has {row['id']!r} where {prompt.id!r} belongs, as two processes "
+                "leave it; remove it to begin again, or choose another --output."
+            )
     console = Console(stderr=True)
+    if journal.note:
+        console.print(journal.note, highlight=False, markup=False)
     starts = range(done, len(prompts), together)
-    for start in track(starts, "writing", console=console, disable=not console.is_terminal):
-        part = prompts[start : start + together]
-        for prompt, answers in zip(part, writer.write(part, asked, start), strict=True):
-            journal.add([_row(prompt, answers, asked, grader)])
+    try:
+        for start in track(starts, "writing", console=console, disable=not console.is_terminal):
+            part = prompts[start : start + together]
+            for prompt, answers in zip(part, writer.write(part, asked, start), strict=True):
+                journal.add([_row(prompt, answers, asked, grader)])
+    finally:
+        kept = _publish(output, journal, prompts)
+    return kept
+
+
+def _as_attempt(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Refuse a line that this command does not write."""
+    is_ours = isinstance(row.get("id"), str) and isinstance(row.get("solution", 0), str | None)
+    if not is_ours or type(row.get("num_empty", 0)) is not int:
+        raise RunFolderError(f"{where}: is no attempt; remove the file to begin again.")
+    return row
 
 
 def _row(
@@ -248,10 +280,27 @@ def _plain(prompt: Prompt) -> Any:
 class _LocalWriter:
     """Answers of a model in this process."""
 
-    def __init__(self, model: LanguageModel, stop_ids: Sequence[int], asked: Asked) -> None:
-        vocabulary = self._vocabulary = shared_vocabulary(model, None)
-        self.num_together = max(1, asked.batch_size // asked.num_samples)
+    def __init__(
+        self,
+        model: LanguageModel,
+        stop_ids: Sequence[int],
+        asked: Asked,
+        prompts: Sequence[Prompt],
+    ) -> None:
+        vocabulary = shared_vocabulary(model, None)
         self._model = model
+        self.num_together = max(1, asked.batch_size // asked.num_samples)
+        self.prompt_ids: Sequence[tuple[int, ...]] = encode_prompts(
+            prompts,
+            model.tokenizer,
+            asked.chat_template,
+            2**62,
+            model.context,
+            asked.max_new_tokens,
+            asked.chat_template_kwargs,
+        )
+        told = [f"prompt {prompt.id}" for prompt in prompts]
+        require_rows(zip(told, self.prompt_ids, strict=True), model.tokenizer, vocabulary)
         self._sampler = TransformersSampler(
             model.model, model.tokenizer, stop_ids, vocabulary, asked.batch_size
         )
@@ -259,17 +308,7 @@ class _LocalWriter:
     def write(self, prompts: Sequence[Prompt], asked: Asked, start: int) -> list[list[Answer]]:
         """N answers to each prompt; draws follow from the seed and the place of the first."""
         k, budget = asked.num_samples, asked.max_new_tokens
-        ids = encode_prompts(
-            prompts,
-            self._model.tokenizer,
-            asked.chat_template,
-            2**62,
-            self._model.context,
-            budget,
-            asked.chat_template_kwargs,
-        )
-        told = [f"prompt {prompt.id}" for prompt in prompts]
-        require_rows(zip(told, ids, strict=True), self._model.tokenizer, self._vocabulary)
+        ids = self.prompt_ids[start : start + len(prompts)]
         drawn = self._sampler.sample(
             [(prompt.id, own) for prompt, own in zip(prompts, ids, strict=True)],
             k,
@@ -292,6 +331,7 @@ class _ServedWriter:
         self._endpoint, self._name = teacher.endpoint, teacher.name
         self._stop_ids, self._tokenizer = teacher.stop_ids, teacher.tokenizer
         self.num_together = 2 * max_in_flight
+        self.prompt_ids: Sequence[tuple[int, ...]] = ()
 
     def write(self, prompts: Sequence[Prompt], asked: Asked, start: int) -> list[list[Answer]]:
         """N answers to each prompt."""

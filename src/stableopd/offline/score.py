@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from rich.console import Console
 from rich.progress import track
@@ -23,7 +23,7 @@ from stableopd.offline.source import LocalJudge, Opened, Source, open_source
 from stableopd.runfolder import RunFolder
 from stableopd.teacher.selftest import probe_of
 from stableopd.teacher.server import Item, Judged, ServedTeacher
-from stableopd.types import ConfigError, DataError, Prompt, StopReason
+from stableopd.types import ConfigError, DataError, Prompt, RunFolderError, StopReason
 
 __all__ = ["run_score"]
 
@@ -87,30 +87,39 @@ def run_score(
     if teacher.tokenizer is not None:
         give_template(teacher.tokenizer, chat_template)
     template = _Template(chat_template, kwargs)
+    items = [_item(line, teacher, template) for line in lines]
     settings = {
         "command": "score",
         "teacher": teacher.name,
         "weights": teacher.weights,
         "stop": stop,
         "stop_ids": list(event_ids),
+        "batch_tokens": batch_tokens,
         **told_template(chat_template, kwargs),
         "rollouts": fingerprint(files),
+        "ids": fingerprint(items),
     }
-    journal = Journal(output, settings)
-    num_done = len(journal.rows())
-    starts = range(num_done, len(lines), GROUP)
-    if isinstance(judge, ServedTeacher) and starts:
-        prompt_ids, completion_ids = _item(lines[num_done], teacher, template)
-        for url in judge.endpoint.urls:
-            judge.remember(url, probe_of([[*prompt_ids, *completion_ids]]))
+    journal = Journal(output, settings, _as_scored)
     console = Console(stderr=True)
     try:
+        if journal.note:
+            console.print(journal.note, highlight=False, markup=False)
+        # What is computed together here decides each other's last digits.
+        together = GROUP if teacher.local is not None else 1
+        starts = range(journal.num_done(len(lines), together), len(lines), GROUP)
+        if isinstance(judge, ServedTeacher) and starts:
+            prompt_ids, completion_ids = items[starts[0]]
+            for url in judge.endpoint.urls:
+                judge.remember(url, probe_of([[*prompt_ids, *completion_ids]]))
         for start in track(starts, "scoring", console=console, disable=not console.is_terminal):
-            _score(journal, judge, teacher, lines[start : start + GROUP], template)
+            part = slice(start, start + GROUP)
+            _score(journal, judge, lines[part], items[part])
+        values = [x for row in journal.rows() for x in row["teacher_logprobs"] if x is not None]
     except KeyboardInterrupt:
         print(f"Interrupted; what was scored is in {output}. The same command goes on.")
         return 130
-    values = [x for row in journal.rows() for x in row["teacher_logprobs"]]
+    finally:
+        journal.close()
     mean = math.fsum(values) / len(values) if values else math.nan
     print(
         f"{len(lines)} rollouts, {len(values)} tokens, the teacher's mean log-prob is {mean:.4f} "
@@ -155,10 +164,7 @@ def _event_ids(teacher: Opened, run_stops: tuple[int, ...] | None) -> tuple[int,
     return tuple(sorted({*(teacher.stop_ids or ()), *(run_stops or ())}))
 
 
-def _score(
-    journal: Journal, judge: _Judge, teacher: Opened, lines: list[_Line], template: _Template
-) -> None:
-    items = [_item(line, teacher, template) for line in lines]
+def _score(journal: Journal, judge: _Judge, lines: list[_Line], items: list[Item]) -> None:
     scored = [item for item in items if item[1]]
     judged = iter(judge.judge(scored))
     rows: list[Mapping[str, Any]] = []
@@ -173,6 +179,16 @@ def _score(
             }
         )
     journal.add(rows)
+
+
+def _as_scored(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Refuse a line that this command does not write."""
+    found: Any = row.get("teacher_logprobs")
+    if not isinstance(found, list) or not all(
+        x is None or type(x) in (int, float) for x in cast(list[Any], found)
+    ):
+        raise RunFolderError(f"{where}: has no teacher_logprobs; remove the file to begin again.")
+    return row
 
 
 def _item(line: _Line, teacher: Opened, template: _Template) -> Item:

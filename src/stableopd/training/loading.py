@@ -21,11 +21,12 @@ from stableopd.config_templates import read_template
 from stableopd.data.templates import give_template
 from stableopd.model_files import find_files
 from stableopd.models import LanguageModel
+from stableopd.runfolder import newest_checkpoint
 from stableopd.training.checkpoint import load_adapter
 from stableopd.training.devices import Layout, dtype_of
 from stableopd.training.inputs import weights_sum
 from stableopd.training.sharding import shard
-from stableopd.types import ConfigError
+from stableopd.types import ConfigError, ModelError
 
 __all__ = ["Models", "checkpoint_gradients", "load_models", "needs_teacher", "share_out"]
 
@@ -191,4 +192,12 @@ def _checksum(model: Any) -> str:
 
 
 def _source(model: str, role: str) -> str:
-    return str(embedded.path(role)) if model == "embedded" else model
+    """Where a model's files are, by its setting; no folder of a run, which has several."""
+    if model == "embedded":
+        return str(embedded.path(role))
+    if (checkpoint := newest_checkpoint(Path(model))) is not None:
+        raise ModelError(
+            f"{role}.model = {model!r} is the folder of a run, not a model's; its newest "
+            f"checkpoint is {checkpoint}."
+        )
+    return model
