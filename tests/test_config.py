@@ -395,3 +395,18 @@ def test_a_config_that_is_no_file(tmp_path):
         load(tmp_path / "c.toml")
     with pytest.raises(ConfigError, match="too long"):
         load(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.learning_rate=1e-320",
+        "optimizer.learning_rate=10",
+        "optimizer.grad_clip=1e-300",
+        "rollout.prompts_per_step=1000000000",
+        "eval.samples=1000000",
+    ],
+)
+def test_nonsense_is_refused(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        make(override)

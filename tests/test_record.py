@@ -1,6 +1,7 @@
 """What a run decides is in what it leaves, and a resumed run finds what it left, or says so."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import runfolder_parts
 import tiny
 from stableopd.config import load
+from stableopd.data.rows import read_rows
 from stableopd.rollout.stops import stop_ids_of
 from stableopd.runfolder import RunFolder
 from stableopd.training.loop import train
 from stableopd.training.setup import prepare
+from stableopd.types import DataError
 
 TEMPLATE = "{{ messages[0]['content'] }}"
 
@@ -321,3 +324,19 @@ def test_two_processes_do_not_share_a_folder(copied):
         other.kill()
     (folder.path / ".lock").unlink()
     assert tiny.files_in(folder.path) == before
+
+
+def test_more_prompts_a_step_than_there_are(world, tmp_path):
+    config, output = configure(world, "many"), f"run.output={tmp_path / 'run'}"
+    run = prepare(load(config, ["rollout.prompts_per_step=21", output]))
+    assert any("prompts_per_step" in note for note in run.notes)
+    for override in ("rollout.prompts_per_step=100000", "student.lora_rank=1000000"):
+        code, _, err = tiny.run_cli("train", config, "--set", output, "--set", override)
+        assert (code, err.count("\n")) == (2, 1)
+        assert override.partition("=")[0] in err
+
+
+def test_data_that_is_a_pipe_is_not_waited_for(world, tmp_path):
+    os.mkfifo(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match=r"p\.jsonl"):
+        next(read_rows(tmp_path / "p.jsonl", "train"))

@@ -228,3 +228,13 @@ def test_too_little_data(count):
 def test_nan_in_the_lines_is_passed_over():
     given = [{"step": 1, "stop/student_logp": math.nan, "stop/teacher_logp": -1.0}, *lines()]
     assert judge(summary(), given, ROSE, ROSE).cause == "B"
+
+
+def test_the_checkpoint_to_go_back_to_is_one_that_was_kept():
+    """Step 37 is the last healthy one here."""
+    for kept, step in (((10, 20, 40), "20"), ((37, 100), "37")):
+        verdict = judge(summary(), lines(), ROSE, REPEATED_FIRST, Facts(checkpoints=kept))
+        assert f"the checkpoint of step {step}:" in verdict.advice[-1]
+    for kept in ((), (40, 100)):
+        verdict = judge(summary(), lines(), ROSE, REPEATED_FIRST, Facts(checkpoints=kept))
+        assert "initial student" in verdict.advice[-1]

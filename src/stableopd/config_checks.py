@@ -77,16 +77,16 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "objective.clip": (0, 1, False),
     "objective.updates_per_batch": (1, 1000, True),
     "objective.top_k": (0, 10**9, True),
-    "optimizer.learning_rate": (0, 10, False),
+    "optimizer.learning_rate": (1e-12, 1, True),  # below, float32 weights do not move
     "optimizer.schedule_steps": (0, 10**9, True),
     "optimizer.warmup_steps": (0, 10**9, True),
-    "optimizer.grad_clip": (0, 1e9, False),
+    "optimizer.grad_clip": (1e-6, 1e9, True),  # below, AdamW's epsilon is all there is
     "optimizer.weight_decay": (0, 10, True),
     "optimizer.beta1": (0, 0.999999, True),
     "optimizer.beta2": (0, 0.999999, True),
     "optimizer.micro_batch_tokens": (1, 10**9, True),
     "eval.every": (1, 10**9, True),
-    "eval.samples": (1, 10**6, True),
+    "eval.samples": (1, 65_536, True),
     "eval.temperature": (0, 100, True),
     "eval.top_p": (0, 1, False),
     "eval.max_new_tokens": (0, 10**9, True),
@@ -99,6 +99,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "alarm.max_actions": (1, 10**6, True),
     "alarm.factor": (1, 1e6, False),
 }
+
+# Design: all rollouts of a step are held at once.
+MAX_ROLLOUTS = 10**6
 
 # Actions of the alarm that raise the weights of the golden and the reference term.
 RAISING = ("rollback", "strengthen")
@@ -232,10 +235,16 @@ def _policy_rules(config: Config) -> list[tuple[bool, str]]:
 
 
 def _run_rules(config: Config) -> list[tuple[bool, str]]:
-    o, e = config.objective, config.eval
+    o, e, r = config.objective, config.eval, config.rollout
+    num_rollouts = r.prompts_per_step * r.rollouts_per_prompt
     teaches = bool(o.lambda_policy) and o.advantage != "group_reward"
     return [
         (not config.run.output, "run.output is empty; give the folder of the run."),
+        (
+            num_rollouts > MAX_ROLLOUTS,
+            f"rollout.prompts_per_step times rollout.rollouts_per_prompt is {num_rollouts} "
+            f"rollouts a step; at most {MAX_ROLLOUTS} can be held at once.",
+        ),
         (
             "embedded" in (config.data.train, config.eval.data)
             and (config.data.grader, config.data.answer_marker)

@@ -54,6 +54,8 @@ def read_rows(path: Path, split: str) -> Iterator[Row]:
                 f"{path}: no such file or folder; give a {', '.join(ROW_FILES)} file, a datasets "
                 'folder or "embedded".'
             )
+        elif not path.is_file():  # a pipe would be waited for, and a device never ends
+            raise DataError(f"{path}: is neither a file nor a folder; save the rows to a file.")
         else:
             yield from _file_rows(path)
     except OSError as error:

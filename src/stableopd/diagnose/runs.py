@@ -125,7 +125,7 @@ def diagnose_run(folder: RunFolder, on_bytes: OnBytes | None = None) -> Diagnosi
         "run folder",
         summary,
         lines,
-        _facts(table, environment),
+        _facts(table, environment, tuple(folder.checkpoints())),
         [*notes, *collector.notes],
         losses,
         config=folder.config_text(),
@@ -319,7 +319,9 @@ def _environment(folder: RunFolder) -> dict[str, Any]:
         return {}
 
 
-def _facts(table: Mapping[str, Any], environment: Mapping[str, Any]) -> Facts:
+def _facts(
+    table: Mapping[str, Any], environment: Mapping[str, Any], checkpoints: tuple[int, ...]
+) -> Facts:
     found = environment.get("stops")
     stops = cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
@@ -331,4 +333,4 @@ def _facts(table: Mapping[str, Any], environment: Mapping[str, Any]) -> Facts:
 
     mode = stops.get("mode") or table.get("objective", {}).get("stop")
     mode = mode if isinstance(mode, str) else None
-    return Facts(mode, ids("student_ids"), ids("teacher_ids"))
+    return Facts(mode, ids("student_ids"), ids("teacher_ids"), checkpoints)

@@ -32,17 +32,19 @@ MARKER_SHARE = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a run's own files say about stops; None where they do not.
+    """What a run's own files say about stops and checkpoints; None where they do not.
 
     Attributes:
         stop_mode: `objective.stop` of the run: "event" or "token".
         student_stop_ids: Ids that the student stops with.
         teacher_stop_ids: Ids that the teacher stops with.
+        checkpoints: Steps whose checkpoints are there, in order.
     """
 
     stop_mode: str | None = None
     student_stop_ids: tuple[int, ...] | None = None
     teacher_stop_ids: tuple[int, ...] | None = None
+    checkpoints: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

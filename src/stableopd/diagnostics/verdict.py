@@ -152,7 +152,7 @@ def judge(
     if sign != "truncation" or summary.truncation_source == "pile-up":
         confidence = "low" if confidence == "low" else "medium"
     headline = _headline(sign, cause, onset, repetition_onset)
-    advice = _advice(cause, onset, repetition_onset, alarm)
+    advice = _advice(cause, onset, repetition_onset, alarm, facts.checkpoints)
     return Verdict(cause, True, weaken(confidence, losses), headline, evidence, advice)
 
 
@@ -300,7 +300,13 @@ _STABILISE = (
 )
 
 
-def _advice(cause: Cause, onset: Onset, repetition_onset: Onset, alarm: Alarm) -> tuple[str, ...]:
+def _advice(
+    cause: Cause,
+    onset: Onset,
+    repetition_onset: Onset,
+    alarm: Alarm,
+    checkpoints: tuple[int, ...] | None,
+) -> tuple[str, ...]:
     cures = {
         "A": (_STOP_AS_EVENT,),
         "B": (_STABILISE,),
@@ -318,4 +324,17 @@ def _advice(cause: Cause, onset: Onset, repetition_onset: Onset, alarm: Alarm) -
         return cures
     # The student can be ill before either rises: the alarm looks at accuracy, too.
     last = max(0, min(healthy if alarm.last_ok is None else [*healthy, alarm.last_ok]))
-    return (*cures, f"Go back to a checkpoint of step {last} or earlier: this seldom heals.")
+    return (*cures, _way_back(last, checkpoints))
+
+
+def _way_back(last: int, checkpoints: tuple[int, ...] | None) -> str:
+    """Which student to go back to, of those up to a last healthy step that were kept."""
+    if checkpoints is None:
+        return f"Go back to a checkpoint of step {last} or earlier: this seldom heals."
+    kept = [step for step in checkpoints if step <= last]
+    if kept:
+        return f"Go back to the checkpoint of step {kept[-1]}: this seldom heals."
+    return (
+        "Start again from the initial student: this seldom heals, and no checkpoint of step "
+        f"{last} or earlier was kept (run.save_every, run.keep_checkpoints)."
+    )

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["Problems", "load_held_out", "load_train"]
 
 
+# Design: a step that takes each prompt more often than this is a slip of the keys.
+MAX_REPEATS = 100
+
+
 @dataclass(frozen=True)
 class Problems:
     """Prompts with their token ids, and the golden solution of each where there is one.
@@ -92,6 +96,7 @@ def load_train(
     if needs_golden:
         _require_solutions(config, prompts)
     prompts, ids, notes = _encode(config, student, teacher_context, prompts, budget)
+    notes += _repeated(config, len(prompts))
     golden: Many[Sequence | None] = [None] * len(prompts)
     if needs_golden:
         golden = golden_sequences(
@@ -119,6 +124,20 @@ def _texts(config: Config, student: LanguageModel, prompts: Many[Prompt]) -> lis
         else ""
         for p in prompts
     ]
+
+
+def _repeated(config: Config, num_prompts: int) -> list[str]:
+    """Say that a step takes its prompts several times; refuse what can only be a slip."""
+    per_step = config.rollout.prompts_per_step
+    told = (
+        f"rollout.prompts_per_step = {per_step} is more than the {num_prompts} prompts of "
+        f"{config.data.train}"
+    )
+    if per_step > MAX_REPEATS * num_prompts:
+        raise DataError(f"{told}; lower it, to that many at most.")
+    return (
+        [f"{told}: each step takes some of them several times."] if per_step > num_prompts else []
+    )
 
 
 def load_held_out(
