@@ -87,6 +87,28 @@ def test_lists_and_prompts_over_the_limit_are_dropped(tmp_path: Path) -> None:
     assert found.prompt == ""
 
 
+@pytest.mark.parametrize(
+    ("logps", "is_used"),
+    [
+        ("[-0.5, -0.1]", True),
+        ("[-0.5, 0.0005]", True),  # rounding
+        ("[-0.5, null]", True),  # unknown
+        ("[-0.5, 0.1]", False),
+        ("[-0.5, NaN]", False),
+        ("[-0.5, Infinity]", False),
+    ],
+)
+def test_values_that_are_no_log_probs_are_dropped(
+    tmp_path: Path, logps: str, is_used: bool
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"response": "a b", "logprobs": {logps}}}\n')
+    dump, ((found,),) = read(path)
+    assert found.completion == "a b"
+    assert (found.student_logps is not None) == is_used
+    assert dump.num_dropped == (not is_used)
+
+
 def repeated(num: int, text: str) -> Any:
     places = pa.array([0] * num, pa.int32())
     return pa.DictionaryArray.from_arrays(places, pa.array([text]))
