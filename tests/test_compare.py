@@ -312,8 +312,10 @@ def test_arms_that_differ_in_much_are_named_by_method_and_run():
 
 def test_long_values_keep_their_ends():
     long = "/home/somebody/" + "x" * 40 + "/train.jsonl"
-    assert shorten([long, "–"]) == ["…" + long[-39:], "–"]
+    assert shorten([long, "–"]) == ["…/train.jsonl", "–"]
+    assert shorten([long[1:], "–"]) == ["…" + long[-39:], "–"]
     assert shorten([long, "/other" + long]) == [long, "/other" + long]
+    assert shorten(["/home/me/a/t.jsonl", "/home/me/b/t.jsonl"]) == ["…/a/t.jsonl", "…/b/t.jsonl"]
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,12 @@ import re
 import pytest
 
 import tiny
+from stableopd.diagnose.command import diagnose_paths
+from stableopd.diagnose.runs import Reading
+from stableopd.report.page import write_page
 from stableopd.report.render import write_html
 from stableopd.runfolder.outputs import PAGE_MARK, choose_output, is_our_page
+from stableopd.text import without_folders
 from stableopd.types import ConfigError, StableOPDError
 
 ROWS = "".join(f'{{"step": {step}, "response": "a {step}"}}\n' for step in range(20))
@@ -161,6 +165,34 @@ def test_report_and_compare_leave_files_of_a_run_alone(tmp_path):
 
 def test_a_page_runs_no_script(tmp_path):
     assert "default-src 'none'" in page_at(tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/me/data/train.jsonl", "…/train.jsonl"),
+        ('a = "/home/me/t.jsonl"  # b', 'a = "…/t.jsonl"  # b'),
+        ("~/data/x.jsonl", "…/x.jsonl"),
+        (r"C:\Users\me\a.txt", "…/a.txt"),
+        ("file:///home/me/a.txt", "…/a.txt"),
+        ("runs/x/y", "runs/x/y"),
+        ("http://host:8000/v1/a", "http://host:8000/v1/a"),
+        ("1/2/3 and 4/5", "1/2/3 and 4/5"),
+    ],
+)
+def test_folders_of_this_machine_are_taken_out(text, expected):
+    assert without_folders(text) == expected
+
+
+def test_pages_name_no_folder_of_this_machine(tmp_path):
+    file = tmp_path / "rollouts.jsonl"
+    file.write_text(ROWS.replace('"a ', '"/usr/bin/env '))
+    page = tmp_path / "page.html"
+    write_page([diagnose_paths([file], Reading())], page, str(file))
+    text = page.read_text()
+    assert str(tmp_path) not in text
+    assert "…/rollouts.jsonl, line" in text
+    assert "/usr/bin/env" in text  # what a rollout says stays
 
 
 EVIL = "\x1b]0;title\x07\x1b[2J"

@@ -53,9 +53,9 @@ def main() -> None:
         app(args=with_template_value(sys.argv[1:]))
     except StableOPDError as error:
         if _is_first_here() or not error.is_shared:
-            from stableopd.terminal import printable
+            from stableopd.text import shown
 
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            print(f"error: {shown(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception:
         traceback.print_exc()
@@ -414,11 +414,11 @@ def report(
     """Write the page of a run."""
     from stableopd.diagnose.command import page_path, read_runs
     from stableopd.report.page import write_page
-    from stableopd.terminal import printable
+    from stableopd.text import shown
 
     if output is not None:
         page_path(output, [run])
     found = read_runs([run])  # first: a folder that is no run gets no page
     page = page_path(output or run / "report.html", [run])
     write_page(found, page, str(run))
-    print(printable(f"Report: {page}"))
+    print(shown(f"Report: {page}"))

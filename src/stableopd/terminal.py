@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,31 +16,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["LiveView", "alarm_message", "printable", "stop_message", "table"]
+from stableopd.text import shown
+
+__all__ = ["LiveView", "alarm_message", "stop_message", "table"]
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 SIDE_BY_SIDE = 44  # columns that a panel needs
 PLAIN_INTERVAL_S = 10.0
 RECENT_STEPS = 20  # the ETA follows the speed of these
 
-# What moves the cursor, ends a line, turns the direction of text around, or has no UTF-8.
-HIDDEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
-)
-
 _Series = list[tuple[int, float]]  # (step, value), in order
-
-
-def printable(text: str) -> str:
-    """A text that a terminal shows as one line, whatever names and words of others are in it.
-
-    Args:
-        text: Any text, lone surrogates of names that are not UTF-8 included.
-
-    Returns:
-        The same, with escape sequences, line ends and marks of direction as code points.
-    """
-    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str) -> Table:
@@ -59,9 +43,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str) 
     made = Table(title=Text(title, style="bold") if title else None, title_justify="left")
     for place, name in enumerate(columns):
         numbers = any(isinstance(row[place], int | float) for row in rows)
-        made.add_column(
-            Text(printable(name)), justify="right" if numbers else "left", overflow="fold"
-        )
+        made.add_column(Text(shown(name)), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(_cell(value)) for value in row))
     return made
@@ -186,7 +168,7 @@ class LiveView:
 
     def _plain(self, text: str) -> None:
         # soft_wrap: a log line stays one line, whatever width is assumed.
-        self._console.print(Text(printable(text)), soft_wrap=self._live is None)
+        self._console.print(Text(shown(text)), soft_wrap=self._live is None)
 
     def _render(self) -> RenderableType:
         arms = self._arms.values()
@@ -349,4 +331,4 @@ def _duration(seconds: float) -> str:
 def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))
+    return f"{value:.3f}" if isinstance(value, float) else shown(str(value))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
-__all__ = ["shown"]
+__all__ = ["shown", "without_folders"]
 
 # Control, format (direction marks among them), surrogate, private and unassigned characters.
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -31,3 +32,23 @@ def shown(text: str, most: int | None = None) -> str:
         else character
         for character in text
     )
+
+
+# An absolute path of Linux, macOS or Windows, up to its last part; not the path of a URL.
+FOLDERS = re.compile(
+    r"""(?<![\w.:/\\~…-])(?:(?:file://)?~?/|[A-Za-z]:[\\/])"""
+    r"""(?:[^\s"'<>|:/\\]+[/\\])+(?=[^\s"'<>|/\\])"""
+)
+
+
+def without_folders(text: str) -> str:
+    """Take the folders of this machine out of a text that other people will read.
+
+    Args:
+        text: Any text, such as a configuration.
+
+    Returns:
+        The text with "…/train.jsonl" in place of "/home/me/data/train.jsonl". Relative paths and
+        URLs stay.
+    """
+    return FOLDERS.sub("…/", text)

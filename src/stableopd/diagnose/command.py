@@ -27,7 +27,8 @@ from stableopd.diagnostics.verdict import Diagnosis
 from stableopd.integrations.dump_rows import looking_at, size_of
 from stableopd.runfolder import RunFolder
 from stableopd.runfolder.outputs import choose_output, is_our_page
-from stableopd.terminal import printable, table
+from stableopd.terminal import table
+from stableopd.text import shown
 from stableopd.types import ConfigError, DataError, ModelError
 
 __all__ = [
@@ -82,7 +83,7 @@ def diagnose_command(
         write_page([found], html, found.name)
     code = _show(found, as_object)
     if html is not None and not as_object:
-        print(printable(f"Page: {html}"))
+        print(shown(f"Page: {html}"))
     return code
 
 
@@ -125,7 +126,7 @@ def diagnose_paths(paths: Sequence[Path], reading: Reading) -> Diagnosis:
         return read_runs(runs)[0]
     dump = open_paths(paths, reading)
     count = "1 file" if dump.num_files == 1 else f"{dump.num_files:,} files"
-    print(printable(f"Reading {count} as {dump.format_name}."), file=sys.stderr)
+    print(shown(f"Reading {count} as {dump.format_name}."), file=sys.stderr)
     with _progress(dump.num_bytes) as on_bytes:
         return diagnose_dump(dump, reading, on_bytes)
 
@@ -171,7 +172,7 @@ def watch_path(paths: Sequence[Path], reading: Reading, interval_s: float, as_ob
         return True
 
     def say(text: str) -> None:
-        print(printable(text), file=sys.stderr, flush=True)
+        print(shown(text), file=sys.stderr, flush=True)
 
     level = Level.OK
     # A watcher is ended by an interrupt: that is no error.
@@ -197,7 +198,7 @@ def _tell(seen: Seen, as_object: bool) -> None:
     ]
     print("  ".join([f"step {step}", *numbers]), flush=True)
     if seen.is_new:
-        print(printable(f"{alarm.level.upper()}: {alarm.reason or 'back to normal.'}"), flush=True)
+        print(shown(f"{alarm.level.upper()}: {alarm.reason or 'back to normal.'}"), flush=True)
 
 
 def compare_runs(paths: Sequence[Path], output: Path) -> None:
@@ -222,7 +223,7 @@ def compare_runs(paths: Sequence[Path], output: Path) -> None:
     made = table(columns, rows, "")
     made.caption, made.caption_justify = caption, "left"
     Console().print(made)
-    print(printable(f"Page: {output}"))
+    print(shown(f"Page: {output}"))
 
 
 def page_path(path: Path, inputs: Sequence[Path]) -> Path:

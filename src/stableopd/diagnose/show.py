@@ -14,7 +14,8 @@ from rich.text import Text
 from stableopd.diagnostics.overlap import find_agreement
 from stableopd.diagnostics.summary import Measures, Summary, WorstRollout
 from stableopd.diagnostics.verdict import Diagnosis
-from stableopd.terminal import printable, table
+from stableopd.terminal import table
+from stableopd.text import shown
 
 __all__ = ["as_json", "show"]
 
@@ -59,7 +60,7 @@ def _list(console: Console, title: str, sentences: Sequence[str]) -> None:
 
 
 def _sentence(console: Console, text: Text) -> None:
-    text.plain = printable(text.plain)
+    text.plain = shown(text.plain)
     # In a file or a pipe a sentence stays one line, so that it can be searched.
     console.print(text, soft_wrap=not console.is_terminal)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stableopd.config import PRESETS
+from stableopd.text import without_folders
 
 __all__ = ["differences", "name_by_differences", "read_settings", "settings_key", "shorten"]
 
@@ -91,9 +93,16 @@ def name_by_differences(settings: Sequence[Settings], runs: Sequence[str]) -> li
 
 
 def shorten(values: Sequence[str]) -> list[str]:
-    """The ends of long values (paths are told apart there), unless they would look alike."""
-    made = [_end(value, VALUE_CHARACTERS) for value in values]
-    return made if len({*made}) == len({*values}) else list(values)
+    """The ends of long values (paths are told apart there), as short as they stay different."""
+    short = [_end(value, VALUE_CHARACTERS) for value in map(without_folders, values)]
+    if len({*short}) == len({*values}):
+        return short
+    # Files of one name in several folders: from where the folders part.
+    try:
+        common = len(os.path.commonpath(values).rstrip("/"))
+    except ValueError:  # relative paths among absolute ones
+        common = 0
+    return [f"…{value[common:]}" if common else value for value in values]
 
 
 def _parts(settings: Sequence[Settings], fields: Sequence[str]) -> list[list[str]]:

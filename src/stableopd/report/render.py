@@ -20,6 +20,7 @@ from stableopd.report.series import Arms, read_series
 from stableopd.report.themes import DARK, LIGHT, Theme
 from stableopd.runfolder import write_atomically
 from stableopd.runfolder.outputs import PAGE_MARK, check_output, is_our_page
+from stableopd.text import without_folders
 
 __all__ = [
     "Badge",
@@ -103,6 +104,7 @@ def write_html(template: str, path: str | Path, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["without_folders"] = without_folders
     page = environment.get_template(template).render(
         light=LIGHT, dark=DARK, mark=Markup(PAGE_MARK), **values
     )
