@@ -150,7 +150,7 @@ def test_an_alarm_that_may_turn_the_golden_term_on_without_solutions(refused, wo
     assert f"in the column 'solution', and alarm.action = '{action}' turns the golden" in message
     assert not (world / "run").exists()
     renamed = refused(world / "config.toml", *opd, "--set", "data.solution=proof")
-    assert "prompt train.jsonl:1 has no solution in the column 'proof'" in renamed
+    assert "no row has the column 'proof' that data.solution names" in renamed
     for harmless in ("warn", "stop"):
         arguments = ("--set", "objective.method=opd", "--set", f"alarm.action={harmless}")
         output = f"run.output={world / harmless}"
@@ -170,11 +170,16 @@ def test_a_prompt_longer_than_the_context(refused, world):
     rows[4]["prompt"] = "1+" * 62 + "1="
     write_rows(world / "train.jsonl", rows)
     message = refused(world / "config.toml")
-    assert "prompt train.jsonl:5: 126 tokens and a completion of up to 8 do not fit" in message
+    assert "1 of 20 prompts are too long: train.jsonl:5 (126 tokens)" in message
     assert "context of 128" in message
-    assert "at most 100 are allowed" in refused(
+    assert "at most 100 tokens are allowed" in refused(
         world / "config.toml", "--set", "rollout.max_prompt_tokens=100"
     )
+    assert tiny.run_cli("train", world / "config.toml", "--set", "data.skip_long=true")[0] == 0
+    files = (world / "run/rollouts").glob("*")
+    lines = [json.loads(x) for f in files for x in f.read_text().splitlines()]
+    assert lines
+    assert all(len(line["prompt_ids"]) < 126 for line in lines)
 
 
 def test_the_shorter_context_of_the_two_models_counts(refused, world):

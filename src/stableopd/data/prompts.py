@@ -350,6 +350,7 @@ def refuse_long(
     context: int | None,
     max_new_tokens: int,
     where: str = "",
+    budget_name: str = "max_new_tokens",
 ) -> None:
     """Refuse prompts that are `too_long`: how many there are, and the first few.
 
@@ -360,6 +361,7 @@ def refuse_long(
         context: See `too_long`.
         max_new_tokens: See `too_long`.
         where: What stands before the message.
+        budget_name: What the user calls `max_new_tokens`.
 
     Raises:
         DataError: There is one.
@@ -378,7 +380,7 @@ def refuse_long(
             f"with a completion of up to {max_new_tokens} tokens they do not fit into the model's "
             f"context of {context}"
         )
-        fix = "lower max_new_tokens"
+        fix = f"lower {budget_name}"
     raise DataError(
         f"{where}{len(long)} of {len(prompts)} prompts are too long: {named}{more}; {why}: {fix}, "
         "or leave them out (train does with data.skip_long = true)."

@@ -75,7 +75,8 @@ def run_eval(settings: Settings, output: Path, as_json: bool = False) -> int:
         require_rows(zip(told, encoded[name], strict=True), model.tokenizer, vocabulary)
     budget = settings.max_new_tokens or _budget(encoded, model)
     for name, of in sets.items():
-        refuse_long(of.prompts, encoded[name], 10**9, model.context, budget, f"{name}: ")
+        limits = 10**9, model.context, budget
+        refuse_long(of.prompts, encoded[name], *limits, f"{name}: ", "--max-new-tokens")
     ids = stop_ids_of(model.model, model.tokenizer)
     asked = dataclasses.asdict(settings)
     template = {name: asked[name] for name in ("chat_template", "chat_template_kwargs")}
