@@ -270,7 +270,7 @@ def test_an_adapter_is_evaluated_as_its_merged_model(tmp_path):
         (("--grader", "guess"), "--grader guess: choose from auto, math, exact"),
         (("--top-p", 0), "--top-p 0.0"),
         (("--time-limit", "nan"), "--time-limit nan"),
-        (("--max-new-tokens", 500), "lower max_new_tokens"),
+        (("--max-new-tokens", 500), "lower --max-new-tokens"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
         (("--model", "./nowhere"), "not a model folder"),
     ],
