@@ -219,3 +219,8 @@ def test_stop_ids_that_differ(stops_differ, monkeypatch, stop):
         assert lines[0]["stop/teacher_logp"] == pytest.approx(first, abs=1e-5)
         assert abs(last - first) < 0.9
         assert lines[0]["advantage/mean"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_demo_in_a_name_that_no_file_system_takes(tmp_path):
+    code, _, err = tiny.run_cli("demo", "--output", tmp_path / ("x" * 300))
+    assert (code, err.count("\n")) == (2, 1)

@@ -25,6 +25,7 @@ from stableopd import config as configuration
 from stableopd import embedded
 from stableopd.report.finals import FINAL_STEPS
 from stableopd.runfolder import RunFolder
+from stableopd.runfolder.files import reading
 from stableopd.terminal import LiveView, alarm_message, table
 from stableopd.types import RunFolderError, TrainingError
 
@@ -72,7 +73,8 @@ def run_demo(output: Path, overrides: Sequence[str]) -> None:
         if any(override.startswith(f"{name}=") for override in overrides):
             raise configuration.ConfigError(f"--set {name}: the demo sets it for each arm.")
     settings = configuration.load(file, overrides)
-    output = _free_folder(output, settings.run.steps)
+    with reading(output):
+        output = _free_folder(output, settings.run.steps)
     together = len(os.sched_getaffinity(0)) >= 2 if hasattr(os, "sched_getaffinity") else True
     started = time.monotonic()
     arms: list[_Arm] = []
