@@ -134,12 +134,9 @@ def _find_adapter(source: str, folder: Path, where: str, num_adapters: int) -> M
         )
     if num_adapters >= MAX_ADAPTERS:
         raise ModelError(f"{where}: adapters name each other as their base; correct {ADAPTER}.")
-    if config.get("megatron_config") or config.get("auto_mapping"):
-        # PEFT would import whatever module these name.
-        raise ModelError(
-            f"{where}: {ADAPTER} names classes of other packages (megatron_config, auto_mapping); "
-            "remove these entries."
-        )
+    if config.get("megatron_config"):
+        # PEFT would import the module that megatron_core names.
+        raise ModelError(f"{where}: {ADAPTER} has a megatron_config; remove it.")
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         _fetch(source, folder, (ADAPTER_WEIGHTS,), where)
