@@ -232,6 +232,14 @@ def test_live_view_gives_the_terminal_back_after_an_error():
     assert output(made).rstrip().endswith("\x1b[?25h")
 
 
+def test_lines_of_a_cell_stay_lines_and_nothing_else_moves_the_cursor():
+    made = Console(width=60, file=io.StringIO())
+    made.print(table(["arm"], [["first\nFix: \x1b[2Jsecond"]], ""))
+    lines = made.file.getvalue().splitlines()
+    assert any(line.strip("│ ") == "first" for line in lines)
+    assert any(line.strip("│ ") == r"Fix: \x1b[2Jsecond" for line in lines)
+
+
 def test_table_of_text_and_numbers():
     made = console(80)
     rows = [["opd", 0.01, 12, "[red]x[/red]"], ["stable_opd", math.nan, None, "ok"]]

@@ -34,7 +34,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str) 
     Args:
         columns: Headings.
         rows: One cell per column; numbers are set to the right, floats with three decimals,
-            None and nan as "-". Text is shown as it is, without markup.
+            None and nan as "-". Text is shown without markup; its lines stay lines.
         title: Shown above; "" for none.
 
     Returns:
@@ -331,4 +331,6 @@ def _duration(seconds: float) -> str:
 def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else shown(str(value))
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "\n".join(shown(line) for line in str(value).split("\n"))

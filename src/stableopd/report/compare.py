@@ -31,6 +31,7 @@ from stableopd.report.render import (
 )
 from stableopd.report.series import Arms, band_name
 from stableopd.report.themes import choose_colors
+from stableopd.text import shown
 
 __all__ = ["final_table", "group_arms", "write_comparison"]
 
@@ -130,7 +131,7 @@ def _table(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]], list[str]]:
     for arm, estimates in zip(arms, values, strict=True):
         collapsed = sum(d.verdict.collapsed for d in arm.independent)
         cells = [_shown(estimates[name], form) for name, form in forms.items()]
-        rows.append([arm.name, f"{collapsed} of {len(arm.independent)}", *cells])
+        rows.append([shown(arm.name), f"{collapsed} of {len(arm.independent)}", *cells])
     units = dict.fromkeys(d.summary.length_unit for arm in arms for d in arm.diagnoses)
     held_out, own = "the last evaluation on held-out problems", "of the rollouts of these steps"
     of_rollouts = ", ".join(name for name, *_ in FINALS)
@@ -165,11 +166,11 @@ def _intervals(arms: Sequence[Arm], values: Sequence[Mapping[str, Estimate]]) ->
 def _shown(estimate: Estimate, form: str) -> str:
     if math.isnan(estimate.value):
         return "–"
-    shown = format(estimate.value, form)
+    value = format(estimate.value, form)
     if estimate.interval is None:
-        return shown
+        return value
     low, high = (format(edge, form) for edge in estimate.interval)
-    return f"{shown}\n{low}–{high}"
+    return f"{value}\n{low}–{high}"
 
 
 def _over(estimates: Mapping[str, Estimate]) -> str:
