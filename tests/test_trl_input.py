@@ -7,6 +7,8 @@ import torch
 from trl import DistillationConfig
 
 from stableopd.integrations.trl import StableOPDTrainer
+from stableopd.integrations.trl.golden import Solutions
+from stableopd.rollout.stops import StopPlan
 from stableopd.types import ConfigError, DataError, ModelError
 from tiny import EOS, VOCABULARY, make_tokenizer, save_model
 from trl_parts import make, rows, student, teacher
@@ -47,6 +49,17 @@ def test_golden_solutions_that_cannot_be_used(tmp_path, column, words):
     with pytest.raises(DataError) as error:
         make(tmp_path, data=data, teacher_model=teacher(VOCABULARY["="]))
     assert words in one_sentence(error)
+
+
+def test_a_text_whose_token_has_no_row():
+    """A tokenizer may have more ids than a model has rows."""
+    stop = VOCABULARY["<eos>"]
+    plan = StopPlan("event", (stop,), (stop,), (stop,), (stop,), stop)
+    solutions = Solutions("solution", make_tokenizer(), plan, VOCABULARY["9"], None)
+    assert solutions.ids({"solution": "12"})[-1] == stop
+    with pytest.raises(DataError) as error:
+        solutions.ids({"prompt": "1+8=", "solution": "9"})
+    assert "embeddings" in one_sentence(error)
 
 
 def test_a_missing_golden_column(tmp_path):

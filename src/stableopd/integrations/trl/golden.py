@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stableopd.data.golden import encode_golden
+from stableopd.data.vocabulary import require_rows
 from stableopd.rollout.stops import StopPlan
 from stableopd.types import DataError, Prompt
 
@@ -101,8 +102,9 @@ class Solutions:
             solution, or one that is too long.
 
         Raises:
-            DataError: The solution holds a stop within, is no single message of the assistant, or
-                is given as token ids that do not end with a stop.
+            DataError: The solution holds a stop within, or a token that a model has no row for, is
+                no single message of the assistant, or is given as token ids that do not end with a
+                stop.
         """
         solution, name = row.get(self.column), str(row.get("prompt"))[:60]
         if solution is None:
@@ -112,6 +114,9 @@ class Solutions:
         if isinstance(solution, str):
             prompt, label_id = Prompt(repr(name), "", solution), self.stops.label_id
             ids = encode_golden(prompt, self.tokenizer, label_id, self.stops.decode_ids)
+            require_rows(
+                [(f"prompt {name!r}, golden solution", ids)], self.tokenizer, self.num_tokens
+            )
         else:
             ids = self._checked(solution, name)
         return ids if self.max_tokens is None or len(ids) <= self.max_tokens else ()
