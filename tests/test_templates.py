@@ -10,7 +10,7 @@ import tiny
 from fault_server import serving
 from served_parts import vllm_like
 from stableopd import config
-from stableopd.config_templates import parse_kwargs, with_template_value
+from stableopd.config_templates import kwargs_fault, parse_kwargs, with_template_value
 from stableopd.data import templates
 from stableopd.data.prompts import encode_prompts, render
 from stableopd.types import ConfigError, DataError, Prompt
@@ -125,10 +125,19 @@ def test_variables_that_are_refused(given):
         parse_kwargs([given])
 
 
+def test_variables_that_are_nested_too_deep():
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    assert "nested" in kwargs_fault({"a": deep})
+
+
 def test_a_flag_of_old_still_works():
     assert with_template_value(["eval", "--chat-template"]) == ["eval", "--chat-template", "auto"]
     given = ["--chat-template", "--data", "x", "--chat-template", "none"]
     assert with_template_value(given) == ["--chat-template", "auto", *given[1:]]
+    given = ["--chat-template", "-k", "4"]
+    assert with_template_value(given) == ["--chat-template", "auto", "-k", "4"]
 
 
 def test_configuration():

@@ -61,7 +61,11 @@ def kwargs_fault(kwargs: dict[str, Any]) -> str:
             return f"names {name!r}, which no template can read; give a name such as thinking."
         if name in RESERVED:
             return f"names {name!r}, which is set for each prompt; leave it out."
-        if not _is_plain(value):
+        try:
+            is_plain = _is_plain(value)
+        except RecursionError:
+            return f"gives {name} a value that is nested too deep; give text, numbers, or a short list."
+        if not is_plain:
             return f"gives {name} a value that JSON cannot hold; give text, numbers, true or false."
     return ""
 
@@ -139,7 +143,7 @@ def with_template_value(arguments: Sequence[str]) -> list[str]:
     for place, argument in enumerate(arguments):
         found.append(argument)
         following = arguments[place + 1 : place + 2]
-        if argument == "--chat-template" and (not following or following[0].startswith("--")):
+        if argument == "--chat-template" and (not following or following[0].startswith("-")):
             found.append("auto")
     return found
 
