@@ -207,6 +207,13 @@ def test_replay_of_any_part_gives_the_state_of_then(action):
         assert replay(story.config.objective, story.lines[:step], rows) == state
 
 
+def test_events_of_another_version_may_hold_more():
+    story = Story(make_config("stop")).go(20).go(15, collapsed=True)
+    rows = [dataclasses.asdict(event) | {"since": "a later version"} for event in story.events]
+    assert rows
+    assert replay(story.config.objective, story.lines, rows) == story.guard
+
+
 def test_an_event_is_a_line():
     event = Event(3, "collapse", "why", "rollback", 0, 1.0, 0.01)
     assert Event(**dataclasses.asdict(event)) == event

@@ -119,7 +119,9 @@ def replay(
         What `ask` gave after the last of these lines.
     """
     guard = Guard(objective)
-    by_step = {row["step"]: Event(**row) for row in events}
+    # A line of another version may hold more.
+    names = [f.name for f in dataclasses.fields(Event)]
+    by_step = {row["step"]: Event(**{name: row[name] for name in names}) for row in events}
     for line in lines:
         guard = _see(guard, line)
         if line["step"] in by_step:
