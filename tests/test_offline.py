@@ -187,8 +187,9 @@ def test_golden_never_loses_a_thought_that_the_server_parts_off(world, tmp_path,
     assert solutions == ["<think>1 and 2</think>3"] * 2
 
 
-def test_golden_tells_answers_without_text_from_those_without_a_stop(world, tmp_path):
-    with serving(speaks(content=None)) as server:
+@pytest.mark.parametrize("message", [{"content": None}, {}])
+def test_golden_tells_answers_without_text_from_those_without_a_stop(world, tmp_path, message):
+    with serving(speaks(**message)) as server:
         output = tmp_path / "g.jsonl"
         code, out, err = golden(world, output, "--url", server.url, "--max-problems", 2)
     assert code == 0, err

@@ -396,7 +396,7 @@ class _ServedWriter:
 
     def _said(self, prompt: Prompt, message: dict[str, Any], asked: Asked) -> str:
         """The text of an answer; "" without one."""
-        content = at(message, "content")
+        content = message.get("content")  # a server may leave null out
         if isinstance(content, list):
             parts = listed(content, "content")
             content = "".join(words(at(part, "text"), "text") for part in parts)
