@@ -14,7 +14,6 @@ import runfolder_parts
 from runfolder_parts import CONFIG, event, fill, held_by_another
 from stableopd.diagnose.command import read_runs
 from stableopd.runfolder import RunFolder
-from stableopd.runfolder.lock import holding
 from stableopd.runfolder.manifest import require_intact
 from stableopd.types import RunFolderError, StableOPDError
 
@@ -39,8 +38,7 @@ def test_a_file_system_without_locks_is_told(folder, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", lockf)
-    with holding(folder.path / ".lock", folder.path) as note:
-        assert "No locks available" in note
+    assert "No locks available" in folder.lock()
 
 
 def test_a_holder_that_leaves_between_open_and_lock(folder, monkeypatch):

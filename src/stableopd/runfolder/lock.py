@@ -11,13 +11,12 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from stableopd.runfolder.files import writing
 from stableopd.types import RunFolderError
 
-__all__ = ["LOCK", "hold", "holding", "release"]
+__all__ = ["LOCK", "hold", "release"]
 
 LOCK = ".lock"  # its ending, or its name in a folder
 
@@ -80,20 +79,6 @@ def release(path: Path) -> None:
             if _is_current(path, descriptor):
                 path.unlink()
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def holding(path: Path, what: Path) -> Iterator[str]:
-    """Hold a lock within a block; arguments and errors as of `hold`.
-
-    Yields:
-        What `hold` returned.
-    """
-    note = hold(path, what)
-    try:
-        yield note
-    finally:
-        release(path)
 
 
 def _key(path: Path) -> tuple[int, Path]:
