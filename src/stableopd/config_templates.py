@@ -64,7 +64,7 @@ def kwargs_fault(kwargs: dict[str, Any]) -> str:
         try:
             is_plain = _is_plain(value)
         except RecursionError:
-            return f"gives {name} a value that is nested too deep; give text, numbers, or a short list."
+            return f"gives {name} a value that is nested too deep; give text or numbers."
         if not is_plain:
             return f"gives {name} a value that JSON cannot hold; give text, numbers, true or false."
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["shown", "without_folders"]
+__all__ = ["quoted", "shown", "without_folders"]
 
 # Control, format (direction marks among them), surrogate, private and unassigned characters.
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -32,6 +32,19 @@ def shown(text: str, most: int | None = None) -> str:
         else character
         for character in text
     )
+
+
+def quoted(text: str, most: int = 40) -> str:
+    """The beginning of a text of the data, in quotes.
+
+    Args:
+        text: Any text, such as a completion.
+        most: Longest text in characters.
+
+    Returns:
+        One line.
+    """
+    return repr(text if len(text) <= most else f"{text[:most]}...")
 
 
 # An absolute path of Linux, macOS or Windows, up to its last part; not the path of a URL.

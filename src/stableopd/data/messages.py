@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from stableopd.data.rows import Row
+from stableopd.text import quoted
 from stableopd.types import DataError, Message
 
 __all__ = [
+    "THOUGHT_FIELDS",
     "conversation",
     "is_blank",
     "kind_of",
@@ -28,10 +30,9 @@ __all__ = [
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What a thought of the assistant is called, by the servers and data sets that keep it apart.
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # What templates read of a message next to its role and content.
-KEPT = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
-SHOWN_CHARS = 40
+KEPT = ("tool_calls", "tool_call_id", "name", *THOUGHT_FIELDS)
 
 
 def is_blank(value: Any) -> bool:
@@ -349,12 +350,12 @@ def _lost(messages: Sequence[Message], tools: str, text: str, template: str) -> 
         if message.role == "developer" and "developer" not in template:
             yield f'the role "developer" of message {number} (write "system" instead)'
         if not has(said):
-            yield f"message {number} ({message.role}): {_shown(said)}"
+            yield f"message {number} ({message.role}): {quoted(said.strip())}"
         more: Mapping[str, Any] = json.loads(message.more) if message.more else {}
         for call in more.get("tool_calls", ()):
             if not has(call.get("function", call)["name"]):
                 yield f"the tool_calls of message {number}"
-        for field in THOUGHTS:
+        for field in THOUGHT_FIELDS:
             # A template that names it may leave it out by design, as of earlier turns.
             thought = more.get(field)
             if isinstance(thought, str) and field not in template and not has(thought):
@@ -367,8 +368,3 @@ def _lost(messages: Sequence[Message], tools: str, text: str, template: str) -> 
 
 def _squeeze(text: str) -> str:
     return "".join(text.split())
-
-
-def _shown(text: str) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")

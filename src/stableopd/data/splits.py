@@ -8,6 +8,7 @@ from typing import Any
 
 from stableopd.data.vocabulary import encode_texts
 from stableopd.models import LanguageModel
+from stableopd.text import quoted
 
 __all__ = ["PROBES", "split_differently", "why_split"]
 
@@ -18,7 +19,6 @@ PROBES = (
     "  two  spaces, then 1234567890",
     "Größe, naïve, 東京, Привет, 🙂",
 )
-SHOWN_CHARS = 40
 
 
 def split_differently(
@@ -46,18 +46,17 @@ def why_split(student: LanguageModel, teacher: LanguageModel, text: str) -> tupl
     Returns:
         A clause, and a sentence.
     """
-    shown = repr(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
     mine, theirs = _class_of(student), _class_of(teacher)
     files = [m.tokenizer_files.get("tokenizer.json") for m in (student, teacher)]
     if files[0] and files[0] == files[1] and mine != theirs:
         return (
-            f"such as {shown}: their tokenizer.json is the same, but the student's is read as "
-            f"{mine} and the teacher's as {theirs}",
+            f"such as {quoted(text)}: their tokenizer.json is the same, but the student's is read "
+            f"as {mine} and the teacher's as {theirs}",
             "set tokenizer_class in both tokenizer_config.json to the class with which the models "
             "were trained.",
         )
     return (
-        f"such as {shown}: the teacher is not used to the student's splits",
+        f"such as {quoted(text)}: the teacher is not used to the student's splits",
         "use the student's own tokenizer files with the teacher, or another pair.",
     )
 

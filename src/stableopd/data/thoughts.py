@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stableopd.data.answers import THOUGHTS, opens_thought
+from stableopd.data.messages import THOUGHT_FIELDS
 from stableopd.data.prompts import render
 from stableopd.data.templates import is_templated, run_template
 from stableopd.types import DataError, Message, Prompt
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["join_thought"]
-
-# Names of the thought in the chat templates of published models.
-FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 def join_thought(
@@ -47,7 +45,7 @@ def join_thought(
     if is_templated(tokenizer, chat_template):
         turns = prompt.prompt
         messages = (Message("user", turns),) if isinstance(turns, str) else turns
-        said = {"role": "assistant", "content": answer, **dict.fromkeys(FIELDS, thought)}
+        said = {"role": "assistant", "content": answer, **dict.fromkeys(THOUGHT_FIELDS, thought)}
         told = run_template(
             tokenizer,
             [*(m.as_dict() for m in messages), said],

@@ -13,6 +13,7 @@ from stableopd.data.templates import is_templated, run_template
 from stableopd.doctor.patient import Check
 from stableopd.models import LanguageModel, head_of
 from stableopd.rollout.stops import Finding
+from stableopd.text import quoted
 from stableopd.types import DataError, Prompt
 
 __all__ = ["chat_templates", "generation_prompt", "sampling", "tokenizers", "vocabulary"]
@@ -198,7 +199,7 @@ def generation_prompt(
         return Finding("WARN", name, f"not looked at: {error}", "look at the template.")
     if opened != plain:
         added = opened.removeprefix(plain)
-        return Finding("OK", name, f"prompts end with {_shown(added)}, where the answer begins.")
+        return Finding("OK", name, f"prompts end with {quoted(added)}, where the answer begins.")
     header = whole[len(opened) :].partition(ANSWER)[0] if whole.startswith(opened) else ""
     if not header.strip():
         return Finding("OK", name, "the template writes none, and its answers have no header.")
@@ -206,7 +207,7 @@ def generation_prompt(
         "WARN",
         name,
         "the template writes the same with and without add_generation_prompt: a prompt ends with "
-        f"{_end(opened)}, and in a conversation {_shown(header)} stands between it and the answer, "
+        f"{_end(opened)}, and in a conversation {quoted(header)} stands between it and the answer, "
         "which the student would have to write itself.",
         "set data.chat_template to a file with a template that writes it where "
         "add_generation_prompt is set.",
@@ -246,7 +247,7 @@ def _round_trip(tokenizer: Any, texts: Many[str]) -> Finding:
         "WARN",
         "round trip",
         f"{len(lost)} of {len(texts)} texts come back changed from encoding and decoding, such as "
-        f"{_shown(lost[0])}: the tokenizer does not know all of their characters.",
+        f"{quoted(lost[0])}: the tokenizer does not know all of their characters.",
         "use a tokenizer that covers the data, or clean the data.",
     )
 
@@ -273,14 +274,10 @@ def _difference(mine: str, theirs: str) -> str:
         (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
         min(len(mine), len(theirs)),
     )
-    parts = [_shown(text[same:]) if text[same:] else "the end" for text in (mine, theirs)]
+    parts = [quoted(text[same:]) if text[same:] else "the end" for text in (mine, theirs)]
     before = f"behind {_end(mine[:same])} " if same else "at the beginning "
     return f"{before}the student's has {parts[0]}, where the teacher's own has {parts[1]}"
 
 
 def _end(text: str) -> str:
     return repr(text if len(text) <= SHOWN_CHARS else "..." + text[-SHOWN_CHARS:])
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")

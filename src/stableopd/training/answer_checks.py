@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from stableopd.data.answers import last_box
 from stableopd.data.grading import grade
 from stableopd.rollout.stops import Finding
+from stableopd.text import quoted
 from stableopd.types import Prompt
 
 __all__ = ["Failing", "failing_answers", "golden_answers", "known_answers"]
@@ -17,7 +18,7 @@ __all__ = ["Failing", "failing_answers", "golden_answers", "known_answers"]
 MAX_GRADED = 64  # golden solutions; the grader for mathematics asks another process about each
 RIGHT_SHARE = 0.9  # design: a tenth of wrong golden solutions is more than a few outliers
 SECONDS = 30.0  # design: right answers are graded against themselves for no longer than this
-MAX_NAMED, SHOWN_CHARS = 3, 40
+MAX_NAMED = 3
 
 _PLAIN_NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,5})?")
 # What may stand before the answers instead, where a grader calls most golden solutions wrong.
@@ -40,7 +41,7 @@ class Failing:
 
     def __str__(self) -> str:
         """A sentence about those that fail, without an end."""
-        named = ", ".join(f"{_shown(p.answer or '')} of {p.id}" for p in self.failing[:MAX_NAMED])
+        named = ", ".join(f"{quoted(p.answer or '')} of {p.id}" for p in self.failing[:MAX_NAMED])
         more = ", ..." if len(self.failing) > MAX_NAMED else ""
         return (
             f"{len(self.failing)} of {self.num_graded} right answers are graded wrong against "
@@ -164,7 +165,3 @@ def _named(grader: tuple[str, str]) -> str:
     name, marker = grader
     told = f'data.grader = "{name}"'
     return f'{told} with data.answer_marker = "{marker}"' if name == "exact" else told
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
