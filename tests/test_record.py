@@ -15,7 +15,7 @@ from stableopd.data.rows import read_rows
 from stableopd.rollout.stops import stop_ids_of
 from stableopd.runfolder import RunFolder
 from stableopd.training.loop import train
-from stableopd.training.setup import prepare
+from stableopd.training.setup import begin, prepare
 from stableopd.types import DataError
 
 TEMPLATE = "{{ messages[0]['content'] }}"
@@ -324,6 +324,17 @@ def test_two_processes_do_not_share_a_folder(copied):
         other.kill()
     (folder.path / ".lock").unlink()
     assert tiny.files_in(folder.path) == before
+
+
+def test_a_new_run_tells_of_a_file_system_without_locks(world, tmp_path, monkeypatch, caplog):
+    def lockf(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    sets = [f"run.output={tmp_path / 'run'}", "run.trackers=[]"]
+    begin(prepare(load(configure(world, "unlocked"), sets)))
+    assert "No locks available" in caplog.text
+    assert (tmp_path / "run" / "config.toml").exists()
 
 
 def test_more_prompts_a_step_than_there_are(world, tmp_path):

@@ -30,7 +30,11 @@ WORDS: dict[str, tuple[str, str]] = {
     "answers": ("data", "the answers are others"),
     "held_out": ("eval", "the problems of eval.data are others"),
     "student": ("student", "the weights of student.model are others"),
-    "teacher": ("teacher", "the weights of teacher.model are others"),
+    "teacher": (
+        "teacher",
+        'the weights of teacher.model are others, or of another type (teacher.dtype = "auto" '
+        "follows the device)",
+    ),
     "teacher_stops": ("teacher", "the teacher's stop ids are others"),
 }
 ALLOWABLE = tuple(dict.fromkeys(name for name, _ in WORDS.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import sys
 import zlib
@@ -43,6 +44,8 @@ from stableopd.training.terms import Players
 from stableopd.types import ConfigError, SamplingSettings
 
 __all__ = ["Run", "begin", "eval_settings", "prepare", "prune", "tidy"]
+
+log = logging.getLogger("stableopd")
 
 
 @dataclass(frozen=True)
@@ -294,7 +297,8 @@ def _open_folder(run: Run) -> None:
         run.folder.write_text("config.toml", text)
         _record_inputs(run)
     else:
-        run.folder.lock()
+        if note := run.folder.lock():
+            log.warning("%s", note)
         RunFolder.create(run.folder.path, text, _environment(run))
 
 
