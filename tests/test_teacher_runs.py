@@ -128,6 +128,24 @@ def test_a_teacher_that_changes_costs_no_step(world):
     require_same_metrics(metrics_of(world / "changes"), metrics_of(world / "local"))
 
 
+def test_another_served_teacher_is_refused_by_resume_and_allowed_by_name(world):
+    with serving(vllm_like(teacher_of(world))) as server:
+        config = served_config(world, "replaced", server.url, run={"steps": 1})
+        assert run_cli("train", config)[0] == 0
+        assert run_cli("train", config, "--resume", "--set", "run.steps=2")[0] == 0
+    other = vllm_like(make_llama(7, width=48, sharp=8))
+    with serving(other) as server:
+        more = ("--resume", "--set", "run.steps=3", "--set", f"teacher.url={server.url}")
+        code, _, err = run_cli("train", config, *more)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--allow-changed teacher" in err
+        code, _, err = run_cli("train", config, *more, "--allow-changed", "teacher")
+        assert code == 0, err
+    assert [line["step"] for line in metrics_of(world / "replaced")] == [1, 2, 3]
+    told = json.loads((world / "replaced" / "environment.json").read_text())
+    assert told["changed"] == [{"step": 2, "inputs": ["served"]}]
+
+
 def test_two_processes_ask_for_their_shares(world, server):
     """With top-k 1 a rollout is no matter of the draw; self-test and probes are sent twice."""
     num_asked = []

@@ -13,10 +13,19 @@ from typing import Any
 
 import torch
 
+from stableopd.teacher.server import TOLERANCE, ServedTeachers
 from stableopd.training.data import Problems
 from stableopd.types import ConfigError
 
-__all__ = ["ALLOWABLE", "allowed_names", "changed_inputs", "inputs_of", "weights_sum"]
+__all__ = [
+    "ALLOWABLE",
+    "allowed_names",
+    "changed_inputs",
+    "differs",
+    "inputs_of",
+    "served_scores",
+    "weights_sum",
+]
 
 # Name of each checksum: what --allow-changed calls it, and what to say where it differs.
 WORDS: dict[str, tuple[str, str]] = {
@@ -36,6 +45,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "follows the device)",
     ),
     "teacher_stops": ("teacher", "the teacher's stop ids are others"),
+    "served": ("teacher", "the served teacher scores the same tokens otherwise"),
 }
 ALLOWABLE = tuple(dict.fromkeys(name for name, _ in WORDS.values()))
 
@@ -90,6 +100,52 @@ def inputs_of(
     return found
 
 
+def served_scores(teachers: ServedTeachers) -> str:
+    """What served teachers say of their probes, as a text that `differs` compares.
+
+    Args:
+        teachers: The teachers, after the self-test.
+
+    Returns:
+        A line for each teacher: a checksum of its name and the tokens, and their log-probs.
+    """
+    lines = [
+        " ".join([_sum([name, *ids]), *(f"{logp:.4f}" for logp in logps)])
+        for name, teacher in teachers.by_name.items()
+        for ids, logps in list(teacher.probes.values())[:1]  # replicas agree
+    ]
+    return "\n".join(lines)
+
+
+def differs(name: str, before: str, now: str) -> bool:
+    """Whether a checksum is of something else.
+
+    Args:
+        name: Its name in WORDS. Scores of served teachers differ by more than rounding, or not;
+            those of other tokens say nothing.
+        before: The one that was written down.
+        now: The one of now.
+
+    Returns:
+        Whether the two are of different things.
+    """
+    if name != "served":
+        return before != now
+    try:
+        old, new = ({k: list(map(float, v)) for k, *v in _words(text)} for text in (before, now))
+    except ValueError:
+        return True
+    gaps = [
+        sum(abs(a - b) for a, b in zip(old[key], new[key], strict=False)) / max(1, len(new[key]))
+        for key in old.keys() & new.keys()
+    ]
+    return not all(gap <= TOLERANCE for gap in gaps)
+
+
+def _words(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line.strip()]
+
+
 def changed_inputs(
     before: Mapping[str, Any], now: Mapping[str, str], allowed: Collection[str], folder: Path
 ) -> list[str]:
@@ -108,7 +164,7 @@ def changed_inputs(
         ConfigError: Something changed that is not allowed.
     """
     # What is not read now, such as a reference that no term needs, cannot be compared.
-    names = [n for n in WORDS if n in before and n in now and before[n] != now[n]]
+    names = [n for n in WORDS if n in before and n in now and differs(n, before[n], now[n])]
     if "prompts" in names:
         names = [name for name in names if name != "prompt_ids"]
     refused = [name for name in names if WORDS[name][0] not in allowed]

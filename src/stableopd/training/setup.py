@@ -34,7 +34,7 @@ from stableopd.training.checkpoint import load_trainer
 from stableopd.training.data import Problems, load_held_out, load_train
 from stableopd.training.devices import Layout, lay_out, make_accelerator
 from stableopd.training.guard import Guard, spared
-from stableopd.training.inputs import changed_inputs, inputs_of
+from stableopd.training.inputs import changed_inputs, differs, inputs_of, served_scores
 from stableopd.training.loading import Models, load_models, share_out
 from stableopd.training.ranks import Ranks, shared
 from stableopd.training.resume import Past, find_past, flat, schedule_steps
@@ -233,12 +233,16 @@ def _read(config: Config, resume: bool, allowed: Sequence[str], layout: Layout) 
             require_rows(problems.named_texts(), student.tokenizer, num_tokens)
     notes += [*student.notes, *_model_notes(config, loaded, train)]
     inputs: dict[str, str] = {}
+    before = past.environment.get("inputs") or {}
     if layout.ranks.is_main:
         inputs = inputs_of(train, held_out, loaded.sums, stops.teacher_ids)
-        before = past.environment.get("inputs") or {}
         notes += changed_inputs(before, inputs, allowed, past.folder.path)
     if teacher.served is not None:
         notes += self_test(teacher.served, student.tokenizer, train.prompt_ids)
+        if layout.ranks.is_main:
+            scores = {"served": served_scores(teacher.served)}
+            notes += changed_inputs(before, scores, allowed, past.folder.path)
+            inputs |= scores
     return _Read(past, loaded, teacher, num_tokens, stops, train, held_out, inputs, notes)
 
 
@@ -322,7 +326,7 @@ def _record_inputs(run: Run) -> None:
     before = run.folder.environment() if run.folder.has_environment() else _environment(run)
     old: dict[str, str] = before.get("inputs") or {}
     new = old | run.inputs
-    changed = [name for name in old if old[name] != new[name]]
+    changed = [name for name in old if differs(name, old[name], new[name])]
     if changed:
         known = before.get("changed")
         told = [*(known if isinstance(known, list) else []), {"step": run.start_step}]
