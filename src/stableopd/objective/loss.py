@@ -45,7 +45,11 @@ def policy_gradient(
     gain_N = ratio_N * advantage_N
     if clip is None:
         return -gain_N
-    return -torch.minimum(gain_N, ratio_N.clamp(1.0 - clip, 1.0 + clip) * advantage_N)
+    # Written out, as the gradient of torch.clamp at its bounds differs between versions of torch.
+    low, high = ratio_N.new_tensor([1.0 - clip, 1.0 + clip])
+    bound_N = torch.where(advantage_N > 0, high, low)
+    is_beyond_N = torch.where(advantage_N > 0, ratio_N > bound_N, ratio_N < bound_N)
+    return -torch.where(is_beyond_N, bound_N * advantage_N, gain_N)
 
 
 def golden_cross_entropy(logp_N: Tensor) -> Tensor:
