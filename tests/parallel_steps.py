@@ -14,7 +14,7 @@ from stableopd.training.loading import checkpoint_gradients
 from stableopd.training.ranks import ALONE, Ranks
 from stableopd.training.step import step
 from stableopd.types import ConfigError, StopReason, TrainingError
-from tiny import CPU, in_double, make_llama, make_tokenizer
+from tiny import CPU, EOS, in_double, make_llama, make_tokenizer
 
 NUM_STEPS = 3
 
@@ -108,7 +108,7 @@ def put_back(folder, shards, lora):
     initial = state()
     train(0)
     run = RunFolder(Path(folder))
-    checkpoint.save(run, 1, student, optimizer, scheduler, ranks)
+    checkpoint.save(run, 1, student, optimizer, scheduler, ranks, [EOS])
     saved = state()
     train(1)
     moved = state()

@@ -326,7 +326,9 @@ TEXT_LINES = st.lists(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(TEXT_LINES)
 def test_every_line_is_a_record_or_damaged(tmp_path: Path, content: list[bytes]) -> None:
     """Whatever stands in a file, each line that is not blank is counted once, and nothing raises
