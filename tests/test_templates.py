@@ -83,6 +83,19 @@ def test_a_template_that_loops_is_stopped(monkeypatch):
     assert found == ["y"]
 
 
+def test_a_call_that_keeps_what_stops_it_is_late_all_the_same():
+    def keeps() -> str:
+        try:
+            while True:
+                time.sleep(0.01)
+        except BaseException:  # as code in a callback of the interpreter would
+            return "x"
+
+    with pytest.raises(TimeoutError):
+        templates._WATCHDOG.within(0.1, keeps)
+    assert run_template("{{ messages[0].content }}") == "1"
+
+
 def test_a_template_that_writes_too_much(monkeypatch):
     monkeypatch.setattr(templates, "MAX_CHARS", 1000)
     with pytest.raises(DataError, match="1001 characters"):

@@ -111,7 +111,7 @@ class _LateError(BaseException):
 class _Watchdog:
     """Ends calls that take too long, in whichever thread they run; rests in between."""
 
-    INTERVAL_S, IDLE_S = 0.1, 5.0
+    INTERVAL_S, IDLE_S, ARRIVAL_S = 0.1, 5.0, 0.1
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -133,8 +133,10 @@ class _Watchdog:
             finally:
                 with self._lock:
                     is_late = self._ends.pop(ident, None) is None
-                while is_late and not isinstance(sys.exc_info()[1], _LateError):
-                    time.sleep(0.01)  # it is on its way, and must not arrive further up
+                if is_late and not isinstance(sys.exc_info()[1], _LateError):
+                    # It is on its way, and must not arrive further up; or the call kept it.
+                    time.sleep(self.ARRIVAL_S)
+                    raise _LateError
         except _LateError:
             raise TimeoutError from None
 
