@@ -33,7 +33,7 @@ DATA = {"rollout", "teacher", "data", "runfolder", "embedded"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "text": set(),
-    "config": {"types", "config_checks"},
+    "config": {"types", "text", "config_checks"},
     "config_checks": {"types", "config", "config_servers", "config_templates"},
     "config_servers": {"types", "config"},
     "config_templates": {"types"},

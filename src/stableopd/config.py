@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stableopd.config_checks import check, check_section
+from stableopd.text import one_line
 from stableopd.types import ConfigError
 
 __all__ = ["Config", "load", "parse", "repetition_of", "to_toml", "toml_value"]
@@ -270,7 +271,7 @@ def _toml(text: str, source: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}.") from None
     except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"{source}: not usable as TOML: {reason}.") from None
 
 
@@ -384,7 +385,7 @@ def _split(override: str, sections: dict[str, Any]) -> tuple[str, str, Any]:
     except tomllib.TOMLDecodeError:
         value = text
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"--set {section}.{key}: not usable as TOML: {reason}.") from None
     return section, key.strip(), value
 

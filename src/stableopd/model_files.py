@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from stableopd.text import one_line
 from stableopd.types import ModelError, StableOPDError
 
 __all__ = [
@@ -87,7 +88,7 @@ def guarded(where: str, what: str = "cannot be loaded") -> Iterator[None]:
     except (StableOPDError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300)
         raise ModelError(f"{where}: {what}: {reason}") from error
 
 
@@ -242,7 +243,7 @@ def _fetch(source: str, folder: Path, patterns: tuple[str, ...], where: str) -> 
         )
     except Exception as error:
         # Of the hub's client, of HTTP, of sockets, of the disk.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise ModelError(
             f"{where}: there is no folder {source!r}, so it was taken for a hub name, and that "
             f"cannot be loaded: {reason}"

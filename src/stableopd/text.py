@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["quoted", "shown", "without_folders"]
+__all__ = ["one_line", "quoted", "shown", "without_folders"]
 
 # Control, format (direction marks among them), surrogate, private and unassigned characters.
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -32,6 +32,19 @@ def shown(text: str, most: int | None = None) -> str:
         else character
         for character in text
     )
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an exception says.
+
+    Args:
+        error: The exception.
+        most: Longest text in characters.
+
+    Returns:
+        One line; the name of its class where it says nothing.
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def quoted(text: str, most: int = 40) -> str:

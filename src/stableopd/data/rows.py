@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stableopd.text import one_line
 from stableopd.types import DataError
 
-__all__ = ["Row", "one_line", "read_rows"]
+__all__ = ["Row", "read_rows"]
 
 LINE_FILES = (".jsonl", ".json")
 ROW_FILES = (*LINE_FILES, ".parquet")
@@ -172,8 +173,3 @@ def _dataset_rows(path: Path, split: str) -> Iterator[Row]:
             f"{path}: not a readable datasets folder ({one_line(error)}); save it again with "
             "save_to_disk."
         ) from None
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line and not too long."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stableopd.config_templates import read_template
-from stableopd.data.rows import one_line
+from stableopd.text import one_line
 from stableopd.types import DataError
 
 if TYPE_CHECKING:

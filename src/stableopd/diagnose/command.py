@@ -28,7 +28,7 @@ from stableopd.integrations.dump_rows import looking_at, size_of
 from stableopd.runfolder import RunFolder
 from stableopd.runfolder.outputs import choose_output, is_our_page
 from stableopd.terminal import table
-from stableopd.text import shown
+from stableopd.text import one_line, shown
 from stableopd.types import ConfigError, DataError, ModelError
 
 __all__ = [
@@ -299,7 +299,7 @@ def load_tokenizer(source: str) -> Callable[[str], Sequence[int]]:
         else:
             tokenizer = Tokenizer.from_pretrained(source)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ModelError(
             f"--tokenizer {source}: cannot be loaded ({reason}); give a tokenizer.json or a "
             "folder that holds one."

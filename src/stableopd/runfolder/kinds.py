@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, cast
 
+from stableopd.text import one_line
 from stableopd.types import RunFolderError
 
 __all__ = ["as_config", "as_environment", "as_event", "as_metrics", "require_step"]
@@ -116,7 +117,7 @@ def as_config(text: str, where: str) -> dict[str, dict[str, Any]]:
     try:
         found = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # numbers too long, too many brackets
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise RunFolderError(f"{where}: not valid TOML: {reason}; restore it.") from None
     return {k: cast(dict[str, Any], v) for k, v in found.items() if isinstance(v, dict)}
 

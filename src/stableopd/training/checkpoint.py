@@ -23,6 +23,7 @@ from stableopd import models
 from stableopd.models import LanguageModel
 from stableopd.runfolder import RunFolder
 from stableopd.runfolder.manifest import require_intact
+from stableopd.text import one_line
 from stableopd.training.ranks import Ranks
 from stableopd.training.sharding import like, whole, whole_weights
 from stableopd.types import RunFolderError
@@ -135,7 +136,7 @@ def _load_state(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any = N
         RuntimeError,
         pickle.PickleError,
     ) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise RunFolderError(
             f"{file}: the run cannot go on from here ({reason}); remove the folder {path} to go "
             "on from the checkpoint before it."
