@@ -30,18 +30,24 @@ from stableopd.runfolder.files import (
 from stableopd.runfolder.lock import LOCK, hold, release
 from stableopd.types import Prompt, RunFolderError
 
-__all__ = ["Store", "fingerprint"]
+__all__ = ["Store", "fingerprint", "require_same"]
 
 # 2: stop ids, prompts as token ids, and the settings of an adapter decide, too.
 FORMAT = 2
 
 SETTINGS = "settings.json"
 
-# What a setting means that is a hash.
+# What to say of a setting that is a hash, or of no use to the user.
 WORDS = {
-    "prompt_ids": "the prompts as token ids: a chat template or tokenizer has changed",
-    "problems": "the problems of the data",
-    "weights": "the model's files",
+    "format": "another version wrote down less of what decides an answer",
+    "ids": "the rollouts are other tokens now, as after a change of the chat template or tokenizer",
+    "problems": "the problems have changed",
+    "prompt_ids": (
+        "the prompts are other tokens now, as after a change of the chat template or tokenizer"
+    ),
+    "prompts": "the prompts have changed",
+    "rollouts": "the rollouts have changed",
+    "weights": "the model's files have changed",
 }
 
 # What a row holds beside texts: a list with a value for each answer.
@@ -205,12 +211,8 @@ def _known_sets(
     if not file.is_file():
         return {}
     old = read_object(file)
-    if old.get("format") != FORMAT:
-        raise RunFolderError(
-            f"{path}: made by another version, which wrote down other things than this one needs "
-            "to know that an answer still holds; choose another --output."
-        )
-    _require_same(path, old.get("settings"), settings)
+    require_same(path, {"format": old.get("format")}, {"format": FORMAT})
+    require_same(path, old.get("settings"), settings)
     known = old.get("sets")
     if not isinstance(known, dict) or not all(
         isinstance(of, dict) and type(of.get("num_problems")) is int
@@ -220,18 +222,32 @@ def _known_sets(
     found = cast(dict[str, dict[str, Any]], known)
     for name, of in sets.items():
         if name in found:
-            _require_same(path, found[name], of, f"{name}: ")
+            require_same(path, found[name], of, f"{name}: ")
     return found
 
 
-def _require_same(path: Path, old: Any, new: Mapping[str, Any], where: str = "") -> None:
+def require_same(path: Path, old: Any, new: Mapping[str, Any], where: str = "") -> None:
+    """Refuse to add to what other settings made.
+
+    Args:
+        path: What is there, for the message.
+        old: The settings that it was made with, as they were read.
+        new: Those of now.
+        where: What they are of, for the message.
+
+    Raises:
+        RunFolderError: One of them differs.
+    """
     before: Mapping[str, Any] = old if isinstance(old, Mapping) else {}
     for key in [*new, *(key for key in before if key not in new)]:
         if before.get(key) != new.get(key):
-            why = WORDS.get(key, "") and f" ({WORDS[key]})"
+            if key in WORDS:
+                raise RunFolderError(
+                    f"{path}: cannot be added to: {where}{WORDS[key]}; choose another --output."
+                )
             raise RunFolderError(
                 f"{path}: made with {where}{key} = {before.get(key)!r}, and this is "
-                f"{new.get(key)!r}{why}; give the same options to go on, or another --output."
+                f"{new.get(key)!r}; give the same options to go on, or another --output."
             )
 
 

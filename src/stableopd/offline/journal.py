@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stableopd.evaluate.store import require_same
 from stableopd.runfolder.files import (
     append_line,
     json_line,
@@ -66,13 +67,7 @@ class Journal:
     def _open(self, whole: Mapping[str, Any]) -> None:
         path, beside = self.path, settings_of(self.path)
         if beside.is_file():
-            old = read_object(beside)
-            for key in sorted({*old, *whole}):
-                if old.get(key) != whole.get(key):
-                    raise RunFolderError(
-                        f"{path}: made with {key} = {old.get(key)!r}, and this is "
-                        f"{whole.get(key)!r}; give the same options to go on, or another --output."
-                    )
+            require_same(path, read_object(beside), whole)
         elif path.exists():
             raise RunFolderError(
                 f"{path} is there and was not made by this command ({beside.name} is missing); "
