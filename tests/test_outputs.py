@@ -1,5 +1,6 @@
 """What a command may write over: pages of ours and free names, and nothing else."""
 
+import json
 import os
 import re
 
@@ -11,7 +12,7 @@ from stableopd.diagnose.runs import Reading
 from stableopd.report.page import write_page
 from stableopd.report.render import write_html
 from stableopd.runfolder.outputs import PAGE_MARK, choose_output, is_our_page
-from stableopd.text import without_folders
+from stableopd.text import one_line, without_folders
 from stableopd.types import ConfigError, StableOPDError
 
 ROWS = "".join(f'{{"step": {step}, "response": "a {step}"}}\n' for step in range(20))
@@ -182,6 +183,16 @@ def test_a_page_runs_no_script(tmp_path):
 )
 def test_folders_of_this_machine_are_taken_out(text, expected):
     assert without_folders(text) == expected
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 99_999])
+def test_errors_of_python_give_no_advice_to_programmers(text):
+    with pytest.raises((ValueError, RecursionError)) as info:
+        json.loads(text)
+    said = one_line(info.value)
+    assert said
+    assert "sys." not in said
+    assert "recursion" not in said
 
 
 def test_pages_name_no_folder_of_this_machine(tmp_path):

@@ -10,6 +10,9 @@ __all__ = ["one_line", "quoted", "shown", "without_folders"]
 # Control, format (direction marks among them), surrogate, private and unassigned characters.
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
+# What Python adds where a number has too many digits; it is for who writes the program.
+ADVICE_ON_DIGITS = "; use sys.set_int_max_str_digits() to increase the limit"
+
 
 def shown(text: str, most: int | None = None) -> str:
     r"""Make a text safe to print: one line, and nothing that a terminal takes for a command.
@@ -44,7 +47,10 @@ def one_line(error: BaseException, most: int = 200) -> str:
     Returns:
         One line; the name of its class where it says nothing.
     """
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    said = " ".join(str(error).split()).removesuffix(ADVICE_ON_DIGITS)
+    return said[:most] or type(error).__name__
 
 
 def quoted(text: str, most: int = 40) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from stableopd.text import one_line
 from stableopd.types import DataError
 
 __all__ = [
@@ -210,7 +211,7 @@ def _parse(line: bytes, number: int) -> dict[str, Any] | str:
         cut = "" if line.endswith(b"\n") else "; the line is cut off"
         return f"not valid JSON ({error.msg}, at character {error.pos + 1}){cut}"
     except (ValueError, RecursionError, MemoryError) as error:
-        return f"JSON that is too large ({str(error).partition(';')[0]})"
+        return f"JSON that is too large ({one_line(error)})"
     if not isinstance(row, dict):
         return f"JSON, but not an object ({type(row).__name__})"
     return cast(dict[str, Any], row) or "an empty object"
