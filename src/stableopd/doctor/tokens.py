@@ -107,7 +107,7 @@ def vocabulary(
     if shared < num_ids:
         message += f"; no text here uses the ids from {shared:,} on"
     elif len(set(rows.values())) > 1:
-        message += f"; the first {shared:,} are compared, the padding behind them is never drawn"
+        message += f"; the first {shared:,} are compared, the padding after them is never drawn"
     return Check((Finding("OK", "vocabulary", f"{message}."),), numbers)
 
 
@@ -275,7 +275,7 @@ def _difference(mine: str, theirs: str) -> str:
         min(len(mine), len(theirs)),
     )
     parts = [quoted(text[same:]) if text[same:] else "the end" for text in (mine, theirs)]
-    before = f"behind {_end(mine[:same])} " if same else "at the beginning "
+    before = f"after {_end(mine[:same])} " if same else "at the beginning "
     return f"{before}the student's has {parts[0]}, where the teacher's own has {parts[1]}"
 
 
