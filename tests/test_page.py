@@ -376,25 +376,37 @@ document.title = document.documentElement.scrollWidth + " of " + innerWidth;
 </script></body>"""
 
 
+# What the page allows, and scripts, so that the page can be measured.
+NO_SCRIPT, SCRIPT = "default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'"
+
+
+def looked_at(page, folder):
+    """A page's title in a browser after a script in it has run, and what the browser reported."""
+    (folder / "look.html").write_text(page.replace("</body>", LOOK), encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-sync"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--window-size=500,900"]
+    command += ["--enable-logging=stderr", "--v=0", "--dump-dom"]
+    done = subprocess.run(
+        [*command, (folder / "look.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return re.search(r"<title>(.*?)</title>", done.stdout)[1], done.stderr
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_nothing_overflows_in_a_browser(tmp_path):
     entry = worst("x" * 3000 + HOSTILE, spans=((9, 2000),), loop_start=5, repetitive_share=0.6)
     long_name = "a-very-long-name-of-a-run-" * 4
     diagnosis = run(long_name, summary=summary(worst=(entry,)), notes=("n" * 500,))
     text, _ = page_of([diagnosis, dump()], tmp_path / "page.html", long_name)
-    (tmp_path / "look.html").write_text(text.replace("</body>", LOOK), encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"]
-    command += ["--no-first-run", "--disable-background-networking", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900"]
-    command += ["--enable-logging=stderr", "--v=0", "--dump-dom"]
-    done = subprocess.run(
-        [*command, (tmp_path / "look.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    found = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
-    assert found is not None, done.stdout[:300]
-    assert int(found[1]) <= int(found[2])
-    assert "CONSOLE" not in done.stderr
+    title, errors = looked_at(text, tmp_path)
+    assert title == long_name  # the page lets no script run
+    assert "CONSOLE" in errors
+    title, errors = looked_at(text.replace(NO_SCRIPT, SCRIPT), tmp_path)
+    width, room = map(int, title.split(" of "))
+    assert width <= room
+    assert "CONSOLE" not in errors
