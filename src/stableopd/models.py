@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 from stableopd.hidden import hidden_states
@@ -163,7 +164,8 @@ def _load_weights(files: ModelFiles, where: str, dtype: torch.dtype, gguf_file: 
     with guarded(where):
         if gguf_file:
             options["gguf_file"] = gguf_file
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            if hasattr(transformers, "GgufConfig"):  # before it, such weights were always expanded
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         else:
             types = stored_types(files, where)
             options["use_safetensors"] = True
@@ -187,7 +189,9 @@ def _own_config(folder: Path) -> Any:
     # Else a file could ask for a kernel of the hub, which is code.
     config._attn_implementation = None
     if hasattr(config, "_experts_implementation"):
-        config._experts_implementation = None
+        # Before torch 2.9 the default runs on some GPUs only.
+        has_grouped = Version(torch.__version__) >= Version("2.9")
+        config._experts_implementation = None if has_grouped else "eager"
     vars(config).pop("fusion_config", None)
     for part in (config, config.get_text_config()):
         part.return_dict = True
