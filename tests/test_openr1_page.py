@@ -180,7 +180,7 @@ def test_table(recipe, tmp_path):
 def test_table_says_what_is_wrong(recipe, tmp_path):
     file = tmp_path / "arm" / "k1" / "summary.json"
     file.parent.mkdir(parents=True)
-    for content in ("{", '{"format": 2, "sets": {}}', '{"format": 1, "sets": {"amc": {}}}', "[]"):
+    for content in ("{", '{"format": 3, "sets": {}}', '{"format": 1, "sets": {"amc": {}}}', "[]"):
         file.write_text(content)
         code, _, error = run(recipe["table"], tmp_path)
         assert code == 2, content

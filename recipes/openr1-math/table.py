@@ -100,7 +100,7 @@ def read_scores(folder: Path) -> dict[str, dict[str, Score]]:
     for file in sorted(folder.glob("*/*/summary.json")):
         try:
             summary = json.loads(file.read_text(encoding="utf-8"))
-            if summary["format"] != 1:
+            if summary["format"] not in (1, 2):  # their scores are alike
                 raise ValueError(f"format {summary['format']}")
             scores = {name: _score(part) for name, part in summary["sets"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
