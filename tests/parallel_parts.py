@@ -76,7 +76,9 @@ class Launch:
         return json.loads(self.server.process.stdout.readline())
 
     def printed(self, rank, stream):
-        return (self.folder / f"{rank}.{stream}").read_text()
+        """What a process printed, without what older versions of gloo print by themselves."""
+        lines = (self.folder / f"{rank}.{stream}").read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith("[Gloo]"))
 
 
 class Server:

@@ -16,7 +16,7 @@ from stableopd.training.step import step
 from stableopd.types import ConfigError, StopReason, TrainingError
 from tiny import CPU, EOS, in_double, make_llama, make_tokenizer
 
-NUM_STEPS = 3
+NUM_STEPS, LEARNING_RATE = 3, 1e-2
 
 
 def make_student(case):
@@ -63,7 +63,7 @@ def take_steps(case, ranks=ALONE, offloads=False):
             sharding.shard(model, CPU, offloads)
     who = step_parts.players(student, teacher, reference)
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.1)
     results = []
     for number in range(NUM_STEPS):
         results.append(

@@ -9,6 +9,8 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from stableopd import config as configuration
 from stableopd.doctor import loops, memory
@@ -269,7 +271,9 @@ class TestMemory:
         student = LanguageModel("s", model, make_tokenizer(), 128)
         e = memory.estimate(config, student, None, 10, False, True)
         assert hidden.requires_grad
-        assert 0.9 < e.activations / sum(kept.values()) < 1.2
+        # Older versions keep keys and values once for each head that shares them.
+        lowest = 0.9 if Version(transformers.__version__) >= Version("5.17") else 0.8
+        assert lowest < e.activations / sum(kept.values()) < 1.2
 
     def test_autocast_keeps_copies(self):
         """Every matrix that is multiplied with is kept in bfloat16 for the backward pass."""

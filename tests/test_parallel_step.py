@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import parallel_parts
-from parallel_steps import take_steps
+from parallel_steps import LEARNING_RATE, NUM_STEPS, take_steps
 
 server = parallel_parts.server  # a fixture
 
@@ -32,18 +32,25 @@ CASES = {
 }
 
 
+# Llama's norms compute in float32, and processes run them over other shapes: one rounding in each
+# of five norms, forward and backward. Adam turns those of a gradient into as much of a step of
+# LEARNING_RATE, NUM_STEPS times.
+ROUNDING = 10 * 2.0**-24
+
+
 def assert_same(found, expected):
     results, weights = found
     for result, other in zip(results, expected[0], strict=True):
-        assert result.losses == pytest.approx(other.losses, rel=1e-9, abs=1e-12)
-        assert result.grad_norm == pytest.approx(other.grad_norm, rel=1e-9, abs=1e-12)
+        assert result.losses == pytest.approx(other.losses, rel=ROUNDING, abs=1e-12)
+        assert result.grad_norm == pytest.approx(other.grad_norm, rel=ROUNDING, abs=1e-12)
         assert result.token_means == pytest.approx(other.token_means, rel=1e-6)
         for name in ("student_logps", "teacher_logps", "advantages"):
             pairs = zip(getattr(result, name), getattr(other, name), strict=True)
             assert all(list(a) == pytest.approx(list(b), abs=1e-5) for a, b in pairs), name
     assert weights.keys() == expected[1].keys()
+    largest = NUM_STEPS * LEARNING_RATE * ROUNDING
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected[1][name], rtol=0, atol=1e-9)
+        torch.testing.assert_close(weight, expected[1][name], rtol=0, atol=largest)
 
 
 @pytest.fixture(scope="module")

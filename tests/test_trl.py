@@ -237,6 +237,7 @@ def test_a_teacher_keeps_its_adapter(tmp_path):
     assert total != pytest.approx(their_step(base, [inputs])[0], rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")  # older peft
 @pytest.mark.parametrize("terms", [PLAIN, {"beta_reference": 2.0}])
 def test_a_head_that_is_trained_with_the_adapter(tmp_path, terms):
     """The student's head is the trained copy, and the reference's is the original."""
