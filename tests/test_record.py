@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import runfolder_parts
 import tiny
 from stableopd.config import load
+from stableopd.data import rows
 from stableopd.data.rows import read_rows
 from stableopd.rollout.stops import stop_ids_of
 from stableopd.runfolder import RunFolder
@@ -345,6 +346,17 @@ def test_more_prompts_a_step_than_there_are(world, tmp_path):
         code, _, err = tiny.run_cli("train", config, "--set", output, "--set", override)
         assert (code, err.count("\n")) == (2, 1)
         assert override.partition("=")[0] in err
+
+
+def test_a_line_of_data_without_an_end_is_not_read_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MOST_LINE_BYTES", 100)
+    path = tmp_path / "p.jsonl"
+    good = '{"prompt": "1"}\n'
+    path.write_text(good + '{"prompt": "' + "x" * 85 + '"}\n' + '{"prompt": "' + "x" * 86 + '"}\n')
+    found = read_rows(path, "train")
+    assert [next(found).values["prompt"][:1], next(found).values["prompt"][:1]] == ["1", "x"]
+    with pytest.raises(DataError, match="line 3"):
+        next(found)
 
 
 def test_data_that_is_a_pipe_is_not_waited_for(world, tmp_path):

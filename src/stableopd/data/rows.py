@@ -15,6 +15,8 @@ __all__ = ["Row", "read_rows"]
 
 LINE_FILES = (".jsonl", ".json")
 ROW_FILES = (*LINE_FILES, ".parquet")
+# Design: far above any problem, and far below what would fill a machine's memory.
+MOST_LINE_BYTES = 32 << 20
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -75,8 +77,14 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 def _line_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(MOST_LINE_BYTES + 1), b"")
+        for number, raw in enumerate(lines, start=1):
             place = f"{path}, line {number}"
+            if len(raw) > MOST_LINE_BYTES:
+                raise DataError(
+                    f"{place}: longer than {MOST_LINE_BYTES >> 20} MiB, the most that is read of a "
+                    "line; write one problem per line."
+                )
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
