@@ -227,7 +227,8 @@ class TestLoadingReport:
         weights = load_file(file)
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
         save_file(weights, file, {"format": "pt"})
-        load(folder)
+        model = load(folder).model
+        assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_config_asks_for_no_kernel(folder):
